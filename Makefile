@@ -1,0 +1,57 @@
+# Each target installs what it needs into .venv, once: `make demo` or `make test` is all that a newcomer types.
+PYTHON ?= python3
+PY := .venv/bin/python
+OLD_PYTHON := '$(PYTHON)' is not Python 3.11 or newer: name one, as in PYTHON=/usr/bin/python3.11 make demo
+LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint bench nano figures
+
+help:
+	@echo "make demo     fine-tune the bundled model on chest X-rays, 15 minutes on 2 cores -> medart/demo.png"
+	@echo "make test     run the tests"
+	@echo "make lint     check style and types"
+	@echo "make bench    time one HLDF step; the last line is JSON"
+	@echo "make nano     train the bundled models in nano/ anew (hours)"
+	@echo "make figures  run the demo and copy its picture into img/ for the README"
+	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
+
+demo: .venv/.installed
+	$(PY) nano/demo.py
+
+test: .venv/.installed-dev
+	$(PY) -m pytest -q
+
+lint: .venv/.installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright --pythonpath $(PY)
+
+bench: .venv/.installed
+	$(PY) benchmarks/hldf_step.py
+
+# Each recipe reads what the one before it wrote.
+nano: .venv/.installed
+	$(PY) nano/train_text.py
+	$(PY) nano/train_vae.py
+	$(PY) nano/train_pixart.py
+	$(PY) nano/check_pixart.py
+	$(PY) nano/train_lora.py
+
+figures: demo
+	mkdir -p img
+	cp medart/demo.png img/demo.png
+
+# The stamps are written last, so that an interrupted installation is taken up again.
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { echo "$(OLD_PYTHON)" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.installed: .venv/.created requirements.txt $(LOCAL)
+	$(PY) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
