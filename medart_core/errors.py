@@ -1,0 +1,19 @@
+"""The one error that is the user's to mend, and how a script ends on it."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something the user can put right; its message is one line: what is wrong, where, what to do."""
+
+
+@contextlib.contextmanager
+def exit_codes() -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit code 2, without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

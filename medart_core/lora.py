@@ -1,0 +1,132 @@
+"""Low-rank adapters of the transformer and of T5: where they sit, how they are attached, saved and loaded."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from medart_core.errors import UserError
+
+TRANSFORMER_FOLDER = "transformer_lora"
+TEXT_ENCODER_FOLDER = "text_encoder_lora"
+
+# The layers that the paper's code adapts: every projection of the blocks, and the embedders around them.
+# https://github.com/clguo/medart/blob/9647a926b1/medart.py#L522-L541 (its "proj_in" exists nowhere in PixArt)
+TRANSFORMER_TARGETS = (
+    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
+    "proj", "proj_out", "linear", "linear_1", "linear_2",
+)  # fmt: skip
+# T5 v1.1 has a gated feed-forward, wi_0 and wi_1; the name "wi" of the original T5 would match nothing.
+TEXT_ENCODER_TARGETS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+
+
+def lora_config(targets: tuple[str, ...], rank: int, lora_alpha: float | None = None) -> LoraConfig:
+    """A Gaussian-initialised LoRA without dropout; `lora_alpha` defaults to the rank, so that the scale is 1."""
+    return LoraConfig(
+        r=rank,
+        lora_alpha=rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+    )
+
+
+def attach(
+    model: nn.Module, targets: tuple[str, ...], rank: int, lora_alpha: float | None = None, base: str | None = None
+) -> PeftModel:
+    """Freeze `model` and put trainable fp32 adapters on `targets`; the base keeps its dtype.
+
+    `base` is the name of the pipeline that the adapters belong to, and is saved with them.
+    """
+    model.requires_grad_(False)
+    adapted = get_peft_model(model, lora_config(targets, rank, lora_alpha), autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    adapted.peft_config["default"].base_model_name_or_path = base
+    return adapted  # type: ignore[return-value]
+
+
+def adapted_modules(model: nn.Module) -> list[str]:
+    """Names of the modules that carry an adapter."""
+    return [name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")]
+
+
+def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The adapters' parameters, in the model's order."""
+    return (parameter for parameter in model.parameters() if parameter.requires_grad)
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' tensors by parameter name: what a checkpoint keeps of a model."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the tensors of `adapter_state` back in place; names and shapes must agree exactly."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if parameters.keys() != state.keys():
+        raise UserError(
+            "the checkpoint's adapters are not those of this model; resume with the options it was made with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    """All gradients as one fp32 vector; a parameter without one counts as zeros."""
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
+
+
+def average_gradients(parameters: Sequence[nn.Parameter], flag: bool = False) -> bool:
+    """Replace each gradient by its mean over the processes, in one message; returns whether any process raised `flag`.
+
+    Done once per optimiser step and by hand, since DistributedDataParallel wants one forward for one backward: HLDF
+    has M forwards, and the micro-batches before it have backwards of their own.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flag
+    message = torch.cat([gradients(parameters), torch.tensor([float(flag)], device=parameters[0].device)])
+    torch.distributed.all_reduce(message)
+    chunks = message[:-1].div_(torch.distributed.get_world_size()).split([p.numel() for p in parameters])
+    for parameter, chunk in zip(parameters, chunks, strict=True):
+        parameter.grad = chunk.view_as(parameter).to(parameter.dtype)
+    return message[-1].item() > 0
+
+
+def save(model: nn.Module, folder: Path) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT defines them; nothing without adapters."""
+    if isinstance(model, PeftModel):
+        # Embeddings are never trained here; "auto" would look for the base model's vocabulary on the hub.
+        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def find(folder: Path) -> tuple[Path | None, Path | None]:
+    """The transformer's and the text encoder's adapter folders in a run's output folder.
+
+    Raises:
+        UserError: if there is neither.
+    """
+    found = [folder / name for name in (TRANSFORMER_FOLDER, TEXT_ENCODER_FOLDER)]
+    found = [path if (path / "adapter_config.json").is_file() else None for path in found]
+    if not any(found):
+        raise UserError(
+            f"no LoRA in {folder}: expected {TRANSFORMER_FOLDER}/ or {TEXT_ENCODER_FOLDER}/ with adapter_config.json, "
+            "as medart.py writes them"
+        )
+    return found[0], found[1]
+
+
+def base_model(folders: Sequence[Path | None]) -> str | None:
+    """Name of the pipeline that saved adapters belong to."""
+    for folder in folders:
+        if folder is not None:
+            return json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    return None
+
+
+def load(model: nn.Module, folder: Path | None) -> nn.Module:
+    """`model` with the adapters of `folder` in evaluation mode; without a folder, `model` itself."""
+    if folder is None:
+        return model
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()  # type: ignore[arg-type]

@@ -1,0 +1,51 @@
+"""The losses: tensors in, tensors out."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def noise_prediction_loss(prediction: Tensor, noise: Tensor) -> Tensor:
+    """Mean squared error between predicted and true noise in fp32; a learned-sigma half is dropped.
+
+    Args:
+        prediction: (B, 4 or 8, h, w), the transformer's output.
+        noise: (B, 4, h, w).
+    """
+    return F.mse_loss(prediction[:, : noise.shape[1]].float(), noise.float())
+
+
+def color_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of each colour channel over the pixels, in fp32: two (B, 3)."""
+    flat = pixels.float().flatten(2)
+    return flat.mean(dim=2), flat.std(dim=2)
+
+
+def color_distribution_loss(generated: Tensor, real: Tensor) -> Tensor:
+    """Squared distance of the per-channel means and standard deviations, summed over channels, mean over images.
+
+    L_color of Med-Art (arXiv:2506.20449): image i of `generated` is held against image i of `real`.
+
+    Args:
+        generated: (B, 3, H, W) in about [-1, 1], not clamped.
+        real: (B, 3, H', W') in [-1, 1].
+    """
+    generated_mean, generated_std = color_statistics(generated)
+    real_mean, real_std = color_statistics(real)
+    per_channel = (generated_mean - real_mean).square() + (generated_std - real_std).square()
+    return per_channel.sum(dim=1).mean()
+
+
+def chroma(pixels: Tensor) -> Tensor:
+    """Mean over pixels of the colourfulness max(R, G, B) - min(R, G, B), in units of [-1, 1] pixels: (B,)."""
+    values = pixels.float().clamp(-1, 1)
+    return (values.amax(dim=1) - values.amin(dim=1)).mean(dim=(1, 2))
+
+
+def color_report(generated: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """What a log keeps of one colour comparison: mean and std per channel of both sides, averaged over images."""
+    report = {}
+    for side, pixels in (("generated", generated), ("real", real)):
+        for statistic, values in zip(("mean", "std"), color_statistics(pixels), strict=True):
+            for channel, value in zip("rgb", values.mean(dim=0), strict=True):
+                report[f"{side}_{statistic}_{channel}"] = value
+    return report

@@ -1,0 +1,118 @@
+"""Every `from_pretrained` of PixArt's parts, their precision, and the bundled default model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from transformers import AutoTokenizer, T5EncoderModel
+
+from medart_core.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+NANO = "nano/pixart"  # the bundled default, from the project's root
+NANO_SIZE = 128
+PARTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+
+
+@dataclass
+class PixArt:
+    """The five parts of a PixArtAlphaPipeline; the models are frozen and in evaluation mode.
+
+    They are typed as Any: PEFT may wrap them, and the libraries' annotations hide `config` and the outputs' fields.
+    """
+
+    tokenizer: Any
+    text_encoder: Any
+    vae: Any
+    transformer: Any
+    scheduler: Any
+    name: str
+
+    @property
+    def image_size(self) -> int:
+        """The resolution in pixels that the transformer was made for."""
+        return self.transformer.config.sample_size * self.vae_scale_factor
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels per latent along a side: 8 for the published VAE."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+def pick_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is done by the hardware rather than emulated at a fraction of the speed of fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return False
+
+
+def pick_dtype(mixed_precision: str, device: torch.device) -> tuple[torch.dtype, str | None]:
+    """The base models' dtype for `no` or `bf16`, and one line for the user where that is not what was asked."""
+    if mixed_precision == "no":
+        return torch.float32, None
+    if mixed_precision != "bf16":
+        raise UserError(f"mixed precision {mixed_precision!r} is not supported, T5 overflows in it; use bf16 or no")
+    if bf16_is_native(device):
+        return torch.bfloat16, None
+    return torch.float32, f"bf16 is not native on this {device.type} device: computing in fp32"
+
+
+def load(name: str | Path | None, dtype: torch.dtype, device: torch.device, revision=None, variant=None) -> PixArt:
+    """Load a PixArt-alpha pipeline's parts from a folder or a hub id; `None` is the bundled nano model.
+
+    Raises:
+        UserError: if a part is missing or cannot be fetched.
+    """
+    path = str(NANO if name is None else name)
+    if not Path(path).is_dir() and (ROOT / path).is_dir():
+        path = str(ROOT / path)
+    where = {"revision": revision} if revision else {}
+    weights = {**where, "variant": variant, "use_safetensors": None} if variant else where
+    if Path(path).is_dir() and (missing := [part for part in PARTS if not (Path(path) / part).is_dir()]):
+        raise UserError(
+            f"{path} is no PixArt pipeline folder: {', '.join(missing)} missing; give a folder or a hub id"
+        )
+    try:
+        parts = PixArt(
+            tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **where),
+            text_encoder=T5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **weights),
+            vae=AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **weights),
+            transformer=PixArtTransformer2DModel.from_pretrained(
+                path, subfolder="transformer", torch_dtype=dtype, **weights
+            ),
+            scheduler=DPMSolverMultistepScheduler.from_pretrained(path, subfolder="scheduler", **where),
+            name=str(name or NANO),
+        )
+    except OSError as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"cannot load {path}: {first_line} Download it where there is a network "
+            f"(hf download {path}) and give the folder, or set HF_HOME to a cache that has it"
+        ) from error
+    for part in (parts.text_encoder, parts.vae, parts.transformer):
+        part.requires_grad_(False).eval().to(device)
+    return parts
+
+
+def enable_gradient_checkpointing(model: PixArt) -> None:
+    """Recompute the blocks of the transformer, of T5 and of the VAE decoder in the backward pass."""
+    model.transformer.enable_gradient_checkpointing()
+    model.vae.enable_gradient_checkpointing()
+    # transformers checkpoints in training mode only, so T5 is put there with every dropout at zero.
+    for module in model.text_encoder.modules():
+        for name in ("p", "dropout", "dropout_rate"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    model.text_encoder.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

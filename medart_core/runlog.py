@@ -1,0 +1,109 @@
+"""What a run writes for people while it goes: log.jsonl, TensorBoard, sample grids, and the model card at its end."""
+
+import json
+import resource
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from medart_core.options import MedArtOptions
+from medart_core.pictures import image_grid
+from medart_core.pretrained import PixArt
+from medart_core.sampling import sample_images
+
+
+def peak_mem_gb() -> float:
+    """Peak memory of this process so far in GB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+
+
+class RunLog:
+    """Means of every `logging_steps` steps and each HLDF step, as JSON lines and in TensorBoard; sample grids."""
+
+    def __init__(self, folder: Path, opts: MedArtOptions, prompts: list[str], first_step: int):
+        """Entries from `first_step` on are dropped: a resumed run writes them again."""
+        self.folder, self.opts, self.prompts = folder, opts, prompts
+        self.file = folder / "log.jsonl"
+        kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] < first_step]
+        self.file.write_text("".join(f"{line}\n" for line in kept))
+        self.pending: list[tuple[Mapping[str, Tensor], float]] = []
+        self.writer = None
+        if opts.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+
+    def add(self, step: int, values: Mapping[str, Tensor], seconds: float, lr: float, progress: tqdm) -> None:
+        """Take in the 0-dim tensors of one step; they are read, and the device waited for, only when written."""
+        with_hldf = "loss_color" in values
+        self.pending.append((values, seconds))
+        if not with_hldf and (step + 1) % self.opts.logging_steps:
+            return
+        kind = "sec_per_hldf_step" if with_hldf else "sec_per_step"
+        mean_loss = torch.stack([values["loss_noise"] for values, _ in self.pending]).mean().item()
+        entry = {name: float(value) for name, value in values.items()} | {"loss_noise": mean_loss, "lr": lr}
+        plain = [seconds for values, seconds in self.pending if "loss_color" not in values]
+        entry[kind] = seconds if with_hldf else sum(plain) / len(plain)
+        entry["peak_mem_gb"] = peak_mem_gb()
+        self.pending.clear()
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"step": step, **entry}) + "\n")
+        if self.writer:
+            for name, value in entry.items():
+                self.writer.add_scalar(name, value, step)
+        shown = {name: f"{entry[name]:.4f}" for name in ("loss_noise", "loss_color") if name in entry}
+        progress.set_postfix(shown, refresh=False)
+
+    def grid(self, model: PixArt, step: int, precision: AbstractContextManager) -> None:
+        """Write samples/step-<step>.png: a row per prompt, from the same noise at every step."""
+        count, size = self.opts.num_validation_images, self.opts.resolution or model.image_size
+        seeds = [self.opts.seed + column for column in range(count)] * len(self.prompts)
+        repeated = [prompt for prompt in self.prompts for _ in range(count)]
+        with precision:
+            images = sample_images(model, repeated, seeds, image_size=size)
+            pictures = [Image.fromarray(image.numpy()) for image in images]
+        rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
+        picture = image_grid(rows, row_names=self.prompts, cell=min(size, 256))
+        (self.folder / "samples").mkdir(exist_ok=True)
+        picture.save(self.folder / "samples" / f"step-{step:06d}.png")
+        if self.writer:
+            self.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+
+    def model_card(self, settings: Mapping, step: int) -> None:
+        """Write README.md: what was trained on what, with which options, and how to use it."""
+        used = {name: value for name, value in settings.items() if value is not None}
+        lines = [f"| `{name}` | `{value}` |" for name, value in used.items()]
+        card = f"""---
+base_model: {settings["pretrained_model_name_or_path"]}
+tags: [text-to-image, pixart-alpha, lora, medical]
+---
+# PixArt-alpha LoRA, {step} steps{"" if self.opts.no_hldf else " with HLDF"}
+
+Made with Med-Art's `medart.py`. Not for diagnosis. Check the licence of the data before you share this.
+
+![samples, the same noise as before the first step](samples/step-{step:06d}.png)
+
+    python sample.py --lora {self.folder} --prompt "{self.prompts[0]}"
+
+| option | value |
+|---|---|
+{chr(10).join(lines)}
+"""
+        (self.folder / "README.md").write_text(card, encoding="utf-8")
+        if self.writer:
+            self.writer.close()
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a JSON-lines file that a kill has not cut short."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [line for line in lines if line.startswith("{") and line.endswith("}")]

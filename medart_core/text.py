@@ -1,0 +1,63 @@
+"""The one path from a caption to what the transformer reads, for training, HLDF and sampling alike."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+MAX_TOKENS = 120  # PixArt-alpha was trained on 120 T5 tokens (arXiv:2310.00426, section 3.1)
+PAD_TO_MULTIPLE = 8
+
+
+def clean(caption: str) -> str:
+    """Lower case without outer white space: what stock diffusers does with `clean_caption=False`."""
+    return caption.lower().strip()
+
+
+def encode_prompts(
+    tokenizer,
+    text_encoder,
+    captions: Sequence[str],
+    max_token_length: int = MAX_TOKENS,
+    pad_to: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Encode captions with T5, padded to `pad_to` or else only to the longest of them (in steps of 8 tokens).
+
+    Padding is masked in T5 and in PixArt's cross-attention, so its length changes the result by rounding only.
+
+    Returns:
+        prompt_embeds (B, T, C) in the encoder's dtype, and prompt_attention_mask (B, T) int64, T <= max_token_length.
+    """
+    tokens = tokenizer(
+        [clean(caption) for caption in captions],
+        padding="max_length" if pad_to else "longest",
+        pad_to_multiple_of=None if pad_to else PAD_TO_MULTIPLE,
+        max_length=pad_to or max_token_length,
+        truncation=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    prompt_embeds = text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+    return prompt_embeds, tokens.attention_mask
+
+
+def encode_with_negative(
+    tokenizer,
+    text_encoder,
+    captions: Sequence[str],
+    negative_prompt: str = "",
+    max_token_length: int = MAX_TOKENS,
+    pad_to: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Encode captions and the negative prompt in one call, for classifier-free guidance.
+
+    Returns:
+        prompt_embeds (B, T, C), prompt_attention_mask (B, T), and the same two of the negative prompt, B times.
+    """
+    embeds, mask = encode_prompts(tokenizer, text_encoder, [*captions, negative_prompt], max_token_length, pad_to)
+    count = len(captions)
+    return embeds[:-1], mask[:-1], embeds[-1:].expand(count, -1, -1), mask[-1:].expand(count, -1)
+
+
+def count_tokens(tokenizer, captions: Sequence[str]) -> Tensor:
+    """Number of T5 tokens of each caption, end token included, untruncated: (B,) int64."""
+    return torch.tensor([len(ids) for ids in tokenizer([clean(caption) for caption in captions]).input_ids])
