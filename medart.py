@@ -1,0 +1,250 @@
+"""Fine-tune PixArt-alpha on captioned medical images: LoRA on the transformer and on T5, with HLDF.
+
+    python medart.py                      the bundled model on chest X-rays, prepared when absent
+    accelerate launch --mixed_precision=bf16 medart.py \\
+        --pretrained_model_name_or_path=PixArt-alpha/PixArt-XL-2-512x512 --dataset_name=dataset/kvasir/train \\
+        --resolution=512 --rank=8 --learning_rate=1e-4 --use_8bit_adam --gradient_checkpointing --N_steps=500
+
+Hybrid-Level Diffusion Fine-tuning (Med-Art, arXiv:2506.20449): besides the noise-prediction loss of every step, at
+every N-th step an image is sampled through M DPM-Solver++ steps and decoded, its colour statistics are held against a
+real image of the same caption, and that loss is backpropagated through the VAE decoder and the whole rollout.
+To resume, run the same command again.
+"""
+
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from diffusers import DDPMScheduler
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from diffusers_grad import decode_latents, sample_latents
+from medart_core import checkpoint, data, latents, lora, options, pretrained
+from medart_core.errors import UserError, exit_codes
+from medart_core.objectives import color_distribution_loss, color_report, noise_prediction_loss
+from medart_core.options import MedArtOptions
+from medart_core.pretrained import PixArt
+from medart_core.run import Run, adamw
+from medart_core.runlog import RunLog
+from medart_core.seeds import SharedDraws
+from medart_core.text import encode_prompts, encode_with_negative
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_DATA = "dataset/chest-xray/train"
+NOISE, ROLLOUT = 1, 2  # names of the random streams
+
+
+def prepare_default_data() -> None:
+    if not (ROOT / DEFAULT_DATA / "metadata.csv").exists():
+        print(f"{DEFAULT_DATA} is not there yet: preparing it", flush=True)
+        if subprocess.run([sys.executable, str(ROOT / "prepare.py"), "chest-xray"]).returncode:
+            raise UserError("prepare.py chest-xray failed, see its message above; or give --dataset_name")
+
+
+def build_model(opts: MedArtOptions, dtype: torch.dtype, device: torch.device) -> PixArt:
+    """Frozen PixArt in the run's precision with trainable fp32 adapters; all dropout is off."""
+    model = pretrained.load(opts.pretrained_model_name_or_path, dtype, device, opts.revision, opts.variant)
+    if opts.gradient_checkpointing:
+        pretrained.enable_gradient_checkpointing(model)
+    torch.manual_seed(opts.seed)  # the adapters' initialisation: equal on all processes
+    shape = (opts.rank, opts.lora_alpha, model.name)
+    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, *shape)
+    if not opts.no_text_encoder_lora:
+        model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, *shape)
+    return model
+
+
+def denoising_loss(model: PixArt, noise_scheduler, batch: dict, draws: SharedDraws, opts: MedArtOptions) -> Tensor:
+    """PixArt's own loss on one micro-batch: predict the noise in the latents at random timesteps."""
+    device = model.vae.device
+    moments = batch["moments"] if "moments" in batch else latents.encode_moments(model.vae, batch["pixel_values"])
+    shape = moments.shape[2:]
+    clean = latents.sample_latents(model.vae, moments.to(device), draws.normal(*shape).to(device))
+    noise = draws.normal(*shape).to(device)
+    timesteps = draws.integers(noise_scheduler.config.num_train_timesteps).to(device)
+    dropped = (draws.uniform() < opts.proportion_empty_prompts).tolist()
+    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)]
+    prompt_embeds, mask = encode_prompts(model.tokenizer, model.text_encoder, captions, opts.max_token_length)
+    prediction = model.transformer(
+        noise_scheduler.add_noise(clean, noise, timesteps),
+        encoder_hidden_states=prompt_embeds,
+        encoder_attention_mask=mask,
+        timestep=timesteps,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+    return noise_prediction_loss(prediction, noise)
+
+
+def sample_with_gradient(model: PixArt, captions: list[str], size, draws: SharedDraws, opts: MedArtOptions) -> Tensor:
+    """Images of the captions from fresh noise, (B, 3, H, W) in about [-1, 1], with the graph of the whole rollout."""
+    noise = draws.normal(model.transformer.config.in_channels, *(side // model.vae_scale_factor for side in size))
+    sampled = sample_latents(
+        model.transformer,
+        model.scheduler,
+        noise.to(model.vae.device),
+        *encode_with_negative(model.tokenizer, model.text_encoder, captions, "", opts.max_token_length),
+        num_inference_steps=opts.M_times,
+        guidance_scale=opts.hldf_guidance_scale,
+        gradient=opts.hldf_gradient,
+        k=opts.hldf_k,
+        checkpoint_steps=opts.gradient_checkpointing,
+        generator=draws.generator,
+    )
+    return decode_latents(model.vae, sampled, checkpointing=opts.gradient_checkpointing)
+
+
+def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, parameters, accelerator, opts) -> dict:
+    """HLDF: add the colour loss's gradient to the adapters', and return what the log keeps of it.
+
+    Raises UserError if the loss has no gradient, so that HLDF can never be inactive without a word.
+    """
+    rows = range(opts.hldf_batch_size)
+    captions = [batch["captions"][row] for row in rows]
+    real = torch.stack([dataset.pixel_values(batch["keys"][row]) for row in rows]).to(model.vae.device)
+    before = lora.gradients(parameters)
+    with accelerator.autocast():
+        generated = sample_with_gradient(model, captions, real.shape[-2:], draws, opts)
+    loss = color_distribution_loss(generated, real)
+    weight = 1 / opts.M_times if opts.color_loss_weight is None else opts.color_loss_weight
+    if loss.requires_grad:
+        (weight * loss).backward()
+    grad_norm = lora.gradients(parameters).sub_(before).norm()
+    if weight and not grad_norm > 0:
+        raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
+    return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated.detach(), real)}
+
+
+def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_steps: int, log: RunLog | None) -> int:
+    """Train from the run's step to `max_steps`; returns 0, or the exit code of the signal that ended it early."""
+    model, rank, num_processes = run.model, accelerator.process_index, accelerator.num_processes
+    window, batch_size = opts.gradient_accumulation_steps, opts.train_batch_size
+    noise_scheduler = DDPMScheduler.from_config(model.scheduler.config)
+    stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
+    workers = opts.dataloader_num_workers
+    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, num_workers=workers))
+    progress = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
+    with checkpoint.StopSignal() as stop:
+        for step in range(run.step, max_steps):
+            started = time.perf_counter()
+
+            # 1. Noise prediction: one backward per micro-batch.
+            draws = SharedDraws((opts.seed, NOISE, step), batch_size, rank, num_processes)
+            loss_noise = torch.zeros((), device=accelerator.device)
+            for _ in range(window):
+                batch = next(batches)
+                with accelerator.autocast():
+                    loss = denoising_loss(model, noise_scheduler, batch, draws, opts) / window
+                loss.backward()
+                loss_noise += loss.detach()
+            entry = {"loss_noise": loss_noise}
+
+            # 2. HLDF at every N-th step: the colours of a sampled image, through the decoder and all M steps.
+            if not opts.no_hldf and step % opts.N_steps == 0:
+                draws = SharedDraws((opts.seed, ROLLOUT, step), opts.hldf_batch_size, rank, num_processes)
+                entry |= color_gradient(model, batch, dataset, draws, run.parameters, accelerator, opts)
+
+            # 3. One synchronisation of the gradients, one clipped update.
+            stopping = lora.average_gradients(run.parameters, stop.requested)
+            entry["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.parameters, opts.max_grad_norm)
+            run.update()
+
+            if log:
+                progress.update()
+                log.add(step, entry, time.perf_counter() - started, run.lr, progress)
+                if run.step % opts.checkpointing_steps == 0 or stopping or run.step == max_steps:
+                    run.save(opts.checkpoints_total_limit)
+                if opts.validation_steps and run.step % opts.validation_steps == 0 and run.step < max_steps:
+                    log.grid(model, run.step, accelerator.autocast())
+            if stopping:
+                return stop.exit_code
+    return 0
+
+
+def main() -> int:
+    opts = options.parse(MedArtOptions, __doc__)
+    asked = opts.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    dtype, remark = pretrained.pick_dtype(asked, pretrained.pick_device())
+    checkpoint.end_with_launcher()
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while the first one samples
+    accelerator = Accelerator(mixed_precision="bf16" if dtype is torch.bfloat16 else "no", kwargs_handlers=[waiting])
+    folder, say = Path(opts.output_dir), accelerator.print
+
+    # The folder and the data are checked before any model loads.
+    with accelerator.main_process_first():
+        if opts.dataset_name is None:
+            prepare_default_data()
+        settings = asdict(opts) | {
+            "dataset_name": opts.dataset_name or DEFAULT_DATA,
+            "pretrained_model_name_or_path": opts.pretrained_model_name_or_path or pretrained.NANO,
+            "precision": str(dtype),
+            "num_processes": accelerator.num_processes,
+        }
+        resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, options.FREE_ON_RESUME)
+        examples = data.load_examples(
+            opts.dataset_name or str(ROOT / DEFAULT_DATA),
+            opts.caption_column,
+            opts.image_column,
+            opts.revision,
+            opts.cache_dir,
+            max_samples=opts.max_train_samples,
+            seed=opts.seed,
+            show_progress=accelerator.is_main_process,
+        )
+    say(f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}")
+    if remark:
+        say(remark)
+
+    model = build_model(opts, dtype, accelerator.device)
+    parameters = [*lora.trainable_parameters(model.transformer), *lora.trainable_parameters(model.text_encoder)]
+    betas, decay = (opts.adam_beta1, opts.adam_beta2), opts.adam_weight_decay
+    optimizer = adamw(parameters, opts.learning_rate, betas, opts.adam_epsilon, decay, opts.use_8bit_adam)
+    transform = data.ImageTransform(opts.resolution or model.image_size, opts.center_crop, opts.random_flip)
+    dataset = data.CaptionDataset(examples, transform, opts.seed)
+    per_step = opts.train_batch_size * accelerator.num_processes * opts.gradient_accumulation_steps
+    max_steps = opts.max_train_steps or opts.num_train_epochs * math.ceil(len(dataset) / per_step)
+    lengths = {"num_warmup_steps": opts.lr_warmup_steps, "num_training_steps": max_steps}
+    lr_scheduler = get_scheduler(opts.lr_scheduler, optimizer, **lengths)
+    run = Run(model, parameters, optimizer, lr_scheduler, folder)
+    if resumed:
+        run.resume(resumed)
+        say(f"resuming from {resumed}")
+    if opts.cache_latents:
+        dataset = latents.cache(dataset, model.vae, accelerator.autocast(), accelerator.is_main_process)
+    hldf_updates = 0 if opts.no_hldf else sum(step % opts.N_steps == 0 for step in range(run.step, max_steps))
+    say(
+        f"{len(dataset)} images, batch {per_step}: steps {run.step} to {max_steps}, {hldf_updates} of them with HLDF "
+        f"(M = {opts.M_times}, {opts.hldf_gradient}); {sum(p.numel() for p in parameters):,} trained parameters"
+    )
+
+    log = None
+    if accelerator.is_main_process:
+        prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
+        log = RunLog(folder, opts, prompts, run.step)
+        if run.step == 0:
+            log.grid(model, 0, accelerator.autocast())
+    code = train(opts, accelerator, run, dataset, max_steps, log)
+    if log and not code:
+        log.grid(model, run.step, accelerator.autocast())
+        run.save_adapters(folder)
+        log.model_card(settings, run.step)
+        checkpoint.finish(folder, run.step, log.prompts)
+        say(f"finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora {folder}")
+    elif log:
+        say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
+    accelerator.end_training()
+    return code
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        sys.exit(main())

@@ -1,0 +1,53 @@
+"""The losses against closed forms and plain loops."""
+
+import pytest
+import torch
+
+from medart_core.objectives import chroma, color_distribution_loss, color_report, noise_prediction_loss
+
+
+def test_color_loss_is_the_formula_of_the_paper():
+    generated, real = torch.randn(3, 3, 5, 7), torch.randn(3, 3, 4, 4)
+    expected = 0.0
+    for x, y in zip(generated.double(), real.double(), strict=True):
+        for channel in range(3):
+            a, b = x[channel].flatten(), y[channel].flatten()
+            std_a = ((a - a.mean()).square().sum() / (len(a) - 1)).sqrt()
+            std_b = ((b - b.mean()).square().sum() / (len(b) - 1)).sqrt()
+            expected += ((a.mean() - b.mean()) ** 2 + (std_a - std_b) ** 2).item() / 3
+    assert color_distribution_loss(generated, real).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_color_loss_of_a_shift_is_three_times_its_square():
+    real = torch.rand(2, 3, 8, 8) * 2 - 1
+    assert color_distribution_loss(real + 0.5, real).item() == pytest.approx(0.75, rel=1e-5)
+    assert color_distribution_loss(real, real).item() == 0
+
+
+def test_color_loss_is_computed_in_fp32_and_sees_unclamped_pixels():
+    real = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16)
+    loss = color_distribution_loss(torch.full((1, 3, 4, 4), 3.0, dtype=torch.bfloat16), real)
+    assert loss.dtype == torch.float32 and loss.item() == 27
+
+
+def test_color_loss_pairs_image_i_with_image_i():
+    pair = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    assert color_distribution_loss(pair, pair).item() == 0
+    assert color_distribution_loss(pair.flip(0), pair).item() == pytest.approx(3)
+
+
+def test_noise_loss_drops_the_learned_sigma():
+    noise, wild = torch.randn(2, 4, 3, 3), torch.full((2, 4, 3, 3), 1e3)
+    assert noise_prediction_loss(torch.cat([noise + 1, wild], dim=1), noise).item() == pytest.approx(1, rel=1e-5)
+
+
+def test_chroma_of_grey_is_zero_and_of_red_is_the_range():
+    red = torch.full((1, 3, 2, 2), -1.0)
+    red[:, 0] = 1
+    assert chroma(torch.full((1, 3, 2, 2), 0.3)).item() == 0
+    assert chroma(red).item() == 2
+
+
+def test_color_report_names_every_statistic_of_both_sides():
+    report = color_report(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))
+    assert len(report) == 12 and {"generated_mean_r", "real_std_b"} <= report.keys()
