@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import diffusers
-import diffusers_grad
 import peft
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
-from diffusers_grad import GRADIENT_MODES, decode_latents, sample_latents
 from torch import Tensor, nn
+
+import diffusers_grad
+from diffusers_grad import GRADIENT_MODES, decode_latents, sample_latents
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in set_timesteps

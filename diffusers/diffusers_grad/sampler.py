@@ -43,8 +43,7 @@ def sample_latents(
 
     `transformer` is a PixArtTransformer2DModel, bare or wrapped by PEFT (not by DDP); `scheduler` stays untouched.
     `latents` (B, 4, h, w) is unit Gaussian noise; the embeddings are (B, L, D), the masks (B, L). The result is fp32
-    (B, 4, h, w), multiplied by the VAE's scaling factor as all of PixArt's latents are. Without guidance
-    (`guidance_scale <= 1`) the negative prompt may be None.
+    (B, 4, h, w), scaled as all of PixArt's latents are. With `guidance_scale <= 1` the negative prompt may be None.
 
     Modes, for M = `num_inference_steps`; the noise itself has a gradient in `full` only:
     - `full`: exact, through all M steps, both guidance branches and the multistep history.
@@ -58,9 +57,9 @@ def sample_latents(
     - `none`: no graph; `backward` raises.
 
     `checkpoint_steps` recomputes each graph step's network in the backward pass; it nests with the transformer's own
-    `enable_gradient_checkpointing()`. Outside autocast the network runs in the dtype of its parameters; the latents,
-    the guided noise prediction and the solver are always fp32. Raises ValueError for an unknown mode, a `k` outside
-    1..M in the modes that use it, a missing negative prompt, and a scheduler that is not plain DPM-Solver++.
+    `enable_gradient_checkpointing()`. Outside autocast the network runs in the dtype of its parameters; latents,
+    guided noise and solver are always fp32. Raises ValueError for an unknown mode, a `k` outside 1..M where it is
+    used, a missing negative prompt, and a scheduler that is not plain DPM-Solver++.
     """
     _check(scheduler, gradient, k, num_inference_steps)
     guided = guidance_scale > 1
