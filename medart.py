@@ -189,7 +189,6 @@ def main() -> int:
             "precision": str(dtype),
             "num_processes": accelerator.num_processes,
         }
-        resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, options.FREE_ON_RESUME)
         examples = data.load_examples(
             opts.dataset_name or str(ROOT / DEFAULT_DATA),
             opts.caption_column,
@@ -200,6 +199,7 @@ def main() -> int:
             seed=opts.seed,
             show_progress=accelerator.is_main_process,
         )
+        resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, options.FREE_ON_RESUME)
     say(f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}")
     if remark:
         say(remark)

@@ -18,14 +18,14 @@ def image_grid(
     font = ImageFont.load_default(size=12)
     columns = max(len(row) for row in rows)
     left = 120 if row_names else MARGIN
-    top = TEXT_HEIGHT * 2 + MARGIN if column_names else MARGIN
+    top = TEXT_HEIGHT * 3 + MARGIN if column_names else MARGIN
     width, height = left + columns * (cell + MARGIN), top + len(rows) * (cell + MARGIN)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     characters = max(8, cell // 7)
     for column, name in enumerate(column_names):
         place = (left + column * (cell + MARGIN), MARGIN)
-        draw.multiline_text(place, "\n".join(textwrap.wrap(name, characters)[:2]), GREY, font)
+        draw.multiline_text(place, "\n".join(textwrap.wrap(name, characters)[:3]), GREY, font)
     for line, row in enumerate(rows):
         y = top + line * (cell + MARGIN)
         if row_names:

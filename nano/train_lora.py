@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 TARGET = ROOT / "nano" / "lora-chest-xray"
 CARD = """# LoRA of nano/pixart for chest X-rays
 
-{steps} steps of `medart.py` with HLDF, recipe `nano/recipe.py`, made by `python nano/train_lora.py`. The images are
+{steps} steps of `medart.py` with HLDF, recipe `nano/recipe.py`, seed 0. The images are
 the train split of `python prepare.py chest-xray` (CC0 1.0, Guangzhou Women and Children's Medical Center). A
 demonstration of the method at 128 px: not for diagnosis.
 

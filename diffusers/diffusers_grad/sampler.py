@@ -57,9 +57,8 @@ def sample_latents(
     - `none`: no graph; `backward` raises.
 
     `checkpoint_steps` recomputes each graph step's network in the backward pass; it nests with the transformer's own
-    `enable_gradient_checkpointing()`. Outside autocast the network runs in the dtype of its parameters; latents,
-    guided noise and solver are always fp32. Raises ValueError for an unknown mode, a `k` outside 1..M where it is
-    used, a missing negative prompt, and a scheduler that is not plain DPM-Solver++.
+    `enable_gradient_checkpointing()`. Without autocast the network runs in its own dtype; all else is fp32.
+    Raises ValueError for an unknown mode, a `k` outside 1..M, a missing negative prompt, another scheduler.
     """
     _check(scheduler, gradient, k, num_inference_steps)
     guided = guidance_scale > 1
