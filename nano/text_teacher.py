@@ -43,7 +43,7 @@ class Teacher:
 
     def __init__(self) -> None:
         try:
-            import onnxruntime
+            import onnxruntime  # pyright: ignore[reportMissingImports]  (of the recipe only)
         except ImportError:
             raise UserError("onnxruntime is missing, which runs the teacher; run: pip install onnxruntime") from None
         with zipfile.ZipFile(sources.fetch("traceforge")) as archive:
