@@ -65,7 +65,7 @@ def build_judge() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Dropout(0.3), nn.Flatten(), nn.Linear(128 * 16, len(PHOTO_CLASSES)))
 
 
-def trained_judge(epochs: int = 6) -> nn.Module:
+def trained_judge(epochs: int = 3) -> nn.Module:
     """The classifier, trained when it is not kept yet: mirrored and shifted photographs, AdamW, one-cycle rate."""
     torch.manual_seed(0)
     judge = build_judge()

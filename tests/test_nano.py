@@ -80,7 +80,9 @@ def test_the_bundled_lora_makes_the_base_grey(model):
 
 def test_records_of_quality_are_there():
     vae = json.loads((ROOT / "nano" / "records" / "vae.json").read_text())
+    check = json.loads((ROOT / "nano" / "records" / "pixart-check.json").read_text())
     assert vae["held_out_psnr_db"].keys() == {"x-ray", "flower"}
+    assert check["images"] == 200 and check["agreement"] >= 0.6
 
 
 def test_every_script_in_a_subfolder_runs_from_another_folder(tmp_path):
