@@ -230,7 +230,8 @@ def test_preflight_decodes_every_image_and_counts_the_bad(tmp_path):
 
 
 def test_a_hub_data_set_is_decoded_by_open_image(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     deep = io.BytesIO()
     Image.fromarray(np.full((4, 4), 32896, dtype=np.uint16)).save(deep, "PNG")
     features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
@@ -247,7 +248,7 @@ def test_a_hub_data_set_is_decoded_by_open_image(monkeypatch):
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_one_line(monkeypatch):
-    datasets = pytest.importorskip("datasets")
+    import datasets
 
     def offline(name, **options):
         raise ConnectionError("no route\nto host")
