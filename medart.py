@@ -13,7 +13,6 @@ To resume, run the same command again.
 
 import math
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -30,25 +29,18 @@ from tqdm import tqdm
 
 from diffusers_grad import decode_latents, sample_latents
 from medart_core import checkpoint, data, latents, lora, options, pretrained
+from medart_core.default_data import DEFAULT_DATA, held_out_folder, locate
+from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
-from medart_core.objectives import color_distribution_loss, color_report, noise_prediction_loss
+from medart_core.objectives import color_distribution_loss, color_report
 from medart_core.options import MedArtOptions
 from medart_core.pretrained import PixArt
 from medart_core.run import Run, adamw
 from medart_core.runlog import RunLog
 from medart_core.seeds import SharedDraws
-from medart_core.text import encode_prompts, encode_with_negative
+from medart_core.text import encode_with_negative
 
-ROOT = Path(__file__).resolve().parent
-DEFAULT_DATA = "dataset/chest-xray/train"
 NOISE, ROLLOUT = 1, 2  # names of the random streams
-
-
-def prepare_default_data() -> None:
-    if not (ROOT / DEFAULT_DATA / "metadata.csv").exists():
-        print(f"{DEFAULT_DATA} is not there yet: preparing it", flush=True)
-        if subprocess.run([sys.executable, str(ROOT / "prepare.py"), "chest-xray"]).returncode:
-            raise UserError("prepare.py chest-xray failed, see its message above; or give --dataset_name")
 
 
 def build_model(opts: MedArtOptions, dtype: torch.dtype, device: torch.device) -> PixArt:
@@ -62,27 +54,6 @@ def build_model(opts: MedArtOptions, dtype: torch.dtype, device: torch.device) -
     if not opts.no_text_encoder_lora:
         model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, *shape)
     return model
-
-
-def denoising_loss(model: PixArt, noise_scheduler, batch: dict, draws: SharedDraws, opts: MedArtOptions) -> Tensor:
-    """PixArt's own loss on one micro-batch: predict the noise in the latents at random timesteps."""
-    device = model.vae.device
-    moments = batch["moments"] if "moments" in batch else latents.encode_moments(model.vae, batch["pixel_values"])
-    shape = moments.shape[2:]
-    clean = latents.sample_latents(model.vae, moments.to(device), draws.normal(*shape).to(device))
-    noise = draws.normal(*shape).to(device)
-    timesteps = draws.integers(noise_scheduler.config.num_train_timesteps).to(device)
-    dropped = (draws.uniform() < opts.proportion_empty_prompts).tolist()
-    captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)]
-    prompt_embeds, mask = encode_prompts(model.tokenizer, model.text_encoder, captions, opts.max_token_length)
-    prediction = model.transformer(
-        noise_scheduler.add_noise(clean, noise, timesteps),
-        encoder_hidden_states=prompt_embeds,
-        encoder_attention_mask=mask,
-        timestep=timesteps,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-    ).sample
-    return noise_prediction_loss(prediction, noise)
 
 
 def sample_with_gradient(model: PixArt, captions: list[str], size, draws: SharedDraws, opts: MedArtOptions) -> Tensor:
@@ -124,14 +95,26 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated.detach(), real)}
 
 
-def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_steps: int, log: RunLog | None) -> int:
+def show(model: PixArt, noise_scheduler, held_out, step: int, log: RunLog, accelerator: Accelerator, opts) -> None:
+    """The sample grid and the validation loss after `step` steps."""
+    with accelerator.autocast():
+        log.grid(model, step)
+        if held_out:
+            log.validation(step, validation_loss(model, noise_scheduler, held_out, opts.max_token_length))
+
+
+def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held_out, max_steps: int, log) -> int:
     """Train from the run's step to `max_steps`; returns 0, or the exit code of the signal that ended it early."""
     model, rank, num_processes = run.model, accelerator.process_index, accelerator.num_processes
     window, batch_size = opts.gradient_accumulation_steps, opts.train_batch_size
     noise_scheduler = DDPMScheduler.from_config(model.scheduler.config)
+    names = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
+    settings = {name: getattr(opts, name) for name in names}
     stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
     workers = opts.dataloader_num_workers
     batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, num_workers=workers))
+    if log and run.step == 0:
+        show(model, noise_scheduler, held_out, 0, log, accelerator, opts)
     progress = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
     with checkpoint.StopSignal() as stop:
         for step in range(run.step, max_steps):
@@ -143,7 +126,7 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_
             for _ in range(window):
                 batch = next(batches)
                 with accelerator.autocast():
-                    loss = denoising_loss(model, noise_scheduler, batch, draws, opts) / window
+                    loss = denoising_loss(model, noise_scheduler, batch, draws, **settings) / window
                 loss.backward()
                 loss_noise += loss.detach()
             entry = {"loss_noise": loss_noise}
@@ -163,11 +146,36 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_
                 log.add(step, entry, time.perf_counter() - started, run.lr, progress)
                 if run.step % opts.checkpointing_steps == 0 or stopping or run.step == max_steps:
                     run.save(opts.checkpoints_total_limit)
-                if opts.validation_steps and run.step % opts.validation_steps == 0 and run.step < max_steps:
-                    log.grid(model, run.step, accelerator.autocast())
+                if run.step == max_steps or (opts.validation_steps and run.step % opts.validation_steps == 0):
+                    show(model, noise_scheduler, held_out, run.step, log, accelerator, opts)
             if stopping:
                 return stop.exit_code
     return 0
+
+
+def read_data(opts: MedArtOptions, show_progress: bool) -> tuple[list[data.Example], list[data.Example]]:
+    """Training and held-out examples, all images checked."""
+    where = locate(opts.dataset_name)
+    columns = opts.caption_column, opts.image_column, opts.revision, opts.cache_dir
+    checks = {"seed": opts.seed, "show_progress": show_progress}
+    examples = data.load_examples(where, *columns, max_samples=opts.max_train_samples, **checks)
+    folder = opts.validation_data_dir or held_out_folder(where)
+    if folder is None:
+        return examples, []
+    return examples, data.load_examples(str(folder), *columns, max_samples=opts.max_validation_samples, **checks)
+
+
+def build_run(opts: MedArtOptions, model: PixArt, images_per_step: int, max_steps: int) -> Run:
+    """The adapters' optimiser with its schedule, at step 0."""
+    rate = opts.learning_rate * (images_per_step if opts.scale_lr else 1)
+    text_rate = rate if opts.text_encoder_lr is None else opts.text_encoder_lr * rate / opts.learning_rate
+    parts = (model.transformer, rate), (model.text_encoder, text_rate)
+    groups = [{"params": [*lora.trainable_parameters(part)], "lr": lr} for part, lr in parts]
+    betas, decay = (opts.adam_beta1, opts.adam_beta2), opts.adam_weight_decay
+    optimizer = adamw(groups, betas, opts.adam_epsilon, decay, opts.use_8bit_adam)
+    lengths = opts.lr_warmup_steps, max_steps, opts.lr_num_cycles, opts.lr_power
+    lr_scheduler = get_scheduler(opts.lr_scheduler, optimizer, None, *lengths)
+    return Run(model, [p for group in groups for p in group["params"]], optimizer, lr_scheduler, Path(opts.output_dir))
 
 
 def main() -> int:
@@ -177,67 +185,48 @@ def main() -> int:
     checkpoint.end_with_launcher()
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while the first one samples
     accelerator = Accelerator(mixed_precision="bf16" if dtype is torch.bfloat16 else "no", kwargs_handlers=[waiting])
-    folder, say = Path(opts.output_dir), accelerator.print
+    folder, say, first = Path(opts.output_dir), accelerator.print, accelerator.is_main_process
 
     # The folder and the data are checked before any model loads.
+    settings = asdict(opts) | {
+        "dataset_name": opts.dataset_name or DEFAULT_DATA,
+        "pretrained_model_name_or_path": opts.pretrained_model_name_or_path or pretrained.NANO,
+        "precision": str(dtype),
+        "num_processes": accelerator.num_processes,
+    }
     with accelerator.main_process_first():
-        if opts.dataset_name is None:
-            prepare_default_data()
-        settings = asdict(opts) | {
-            "dataset_name": opts.dataset_name or DEFAULT_DATA,
-            "pretrained_model_name_or_path": opts.pretrained_model_name_or_path or pretrained.NANO,
-            "precision": str(dtype),
-            "num_processes": accelerator.num_processes,
-        }
-        examples = data.load_examples(
-            opts.dataset_name or str(ROOT / DEFAULT_DATA),
-            opts.caption_column,
-            opts.image_column,
-            opts.revision,
-            opts.cache_dir,
-            max_samples=opts.max_train_samples,
-            seed=opts.seed,
-            show_progress=accelerator.is_main_process,
-        )
+        examples, held_out = read_data(opts, show_progress=first)
         resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, options.FREE_ON_RESUME)
     say(f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}")
     if remark:
         say(remark)
 
     model = build_model(opts, dtype, accelerator.device)
-    parameters = [*lora.trainable_parameters(model.transformer), *lora.trainable_parameters(model.text_encoder)]
-    betas, decay = (opts.adam_beta1, opts.adam_beta2), opts.adam_weight_decay
-    optimizer = adamw(parameters, opts.learning_rate, betas, opts.adam_epsilon, decay, opts.use_8bit_adam)
-    transform = data.ImageTransform(opts.resolution or model.image_size, opts.center_crop, opts.random_flip)
-    dataset = data.CaptionDataset(examples, transform, opts.seed)
+    size = options.image_sides(opts.resolution or model.image_size)
+    dataset = data.CaptionDataset(examples, data.ImageTransform(size, opts.center_crop, opts.random_flip), opts.seed)
+    held_out = data.CaptionDataset(held_out, data.ImageTransform(size, center_crop=True), opts.seed)
+    if opts.cache_latents:
+        dataset = latents.cache(dataset, model.vae, accelerator.autocast(), first)
     per_step = opts.train_batch_size * accelerator.num_processes * opts.gradient_accumulation_steps
     max_steps = opts.max_train_steps or opts.num_train_epochs * math.ceil(len(dataset) / per_step)
-    lengths = {"num_warmup_steps": opts.lr_warmup_steps, "num_training_steps": max_steps}
-    lr_scheduler = get_scheduler(opts.lr_scheduler, optimizer, **lengths)
-    run = Run(model, parameters, optimizer, lr_scheduler, folder)
+    run = build_run(opts, model, per_step, max_steps)
     if resumed:
         run.resume(resumed)
         say(f"resuming from {resumed}")
-    if opts.cache_latents:
-        dataset = latents.cache(dataset, model.vae, accelerator.autocast(), accelerator.is_main_process)
     hldf_updates = 0 if opts.no_hldf else sum(step % opts.N_steps == 0 for step in range(run.step, max_steps))
     say(
-        f"{len(dataset)} images, batch {per_step}: steps {run.step} to {max_steps}, {hldf_updates} of them with HLDF "
-        f"(M = {opts.M_times}, {opts.hldf_gradient}); {sum(p.numel() for p in parameters):,} trained parameters"
+        f"{len(dataset)} images ({len(held_out)} held out), batch {per_step}: steps {run.step} to {max_steps}, "
+        f"{hldf_updates} of them with HLDF (M = {opts.M_times}, {opts.hldf_gradient}); "
+        f"{sum(p.numel() for p in run.parameters):,} trained parameters"
     )
 
-    log = None
-    if accelerator.is_main_process:
-        prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
-        log = RunLog(folder, opts, prompts, run.step)
-        if run.step == 0:
-            log.grid(model, 0, accelerator.autocast())
-    code = train(opts, accelerator, run, dataset, max_steps, log)
+    prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
+    log = RunLog(folder, opts, prompts, run.step) if first else None
+    code = train(opts, accelerator, run, dataset, held_out, max_steps, log)
     if log and not code:
-        log.grid(model, run.step, accelerator.autocast())
         run.save_adapters(folder)
         log.model_card(settings, run.step)
-        checkpoint.finish(folder, run.step, log.prompts)
+        checkpoint.finish(folder, run.step, prompts)
         say(f"finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora {folder}")
     elif log:
         say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")

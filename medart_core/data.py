@@ -29,28 +29,38 @@ CROP, ORDER, SUBSET = 11, 12, 13  # names of the random streams
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Resize the short side to `resolution` pixels, crop a square, perhaps mirror, scale to [-1, 1]."""
+    """Resize so that the image covers `size`, crop to it, perhaps mirror, scale to [-1, 1].
 
-    resolution: int
+    `size` is the side of a square, or (height, width), in pixels.
+    """
+
+    size: int | tuple[int, int]
     center_crop: bool = False
     random_flip: bool = False
 
     def __call__(self, image: Image.Image, draws: torch.Generator | None = None) -> Tensor:
-        """RGB image -> (3, resolution, resolution) float32; crop and mirroring come from `draws`."""
-        scale = self.resolution / min(image.size)
-        width, height = (max(self.resolution, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)  # antialiased when it shrinks
-        free = torch.tensor([width - self.resolution, height - self.resolution])
+        """RGB image -> (3, height, width) float32; crop and mirroring come from `draws`."""
+        height, width = self.sides
+        scale = max(width / image.width, height / image.height)
+        resized = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        image = image.resize(resized, Image.Resampling.BILINEAR)  # antialiased when it shrinks
+        free = torch.tensor([resized[0] - width, resized[1] - height])
         place = free // 2 if self.center_crop else (torch.rand(2, generator=draws) * (free + 1)).long()
         left, top = place.tolist()
-        pixels = np.asarray(image.crop((left, top, left + self.resolution, top + self.resolution)))
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
         if self.random_flip and torch.rand((), generator=draws) < 0.5:
             pixels = pixels[:, ::-1]
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
 
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
     def is_fixed(self, size: tuple[int, int]) -> bool:
         """Whether an image of this (width, height) looks the same each time."""
-        return not self.random_flip and (self.center_crop or size[0] == size[1])
+        height, width = self.sides
+        return not self.random_flip and (self.center_crop or size[0] * height == size[1] * width)
 
 
 # --- Examples: from a folder or the hub, checked ---

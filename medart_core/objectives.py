@@ -4,14 +4,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def noise_prediction_loss(prediction: Tensor, noise: Tensor) -> Tensor:
+def noise_prediction_loss(prediction: Tensor, noise: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error between predicted and true noise in fp32; a learned-sigma half is dropped.
 
     Args:
         prediction: (B, 4 or 8, h, w), the transformer's output.
         noise: (B, 4, h, w).
+        weights: (B,) factors of the images' errors, all 1 by default.
     """
-    return F.mse_loss(prediction[:, : noise.shape[1]].float(), noise.float())
+    prediction = prediction[:, : noise.shape[1]].float()
+    if weights is None:
+        return F.mse_loss(prediction, noise.float())
+    return ((prediction - noise.float()).square().mean(dim=(1, 2, 3)) * weights).mean()
+
+
+def min_snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float) -> Tensor:
+    """Weights min(SNR, gamma) / SNR of a noise-predicting model: (B,) in (0, 1] (arXiv:2303.09556, section 3.4).
+
+    Args:
+        alphas_cumprod: (T,), the noise schedule; SNR(t) = alphas_cumprod[t] / (1 - alphas_cumprod[t]).
+        timesteps: (B,) int64 in [0, T).
+    """
+    alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps].float()
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / snr
 
 
 def color_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,21 +2,54 @@
 
 import argparse
 import dataclasses
+import json
+import tomllib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from diffusers_grad import GRADIENT_MODES
 from medart_core.errors import UserError
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-TRACKERS = ("tensorboard", "none")
+TRACKERS = ("tensorboard", "wandb", "all", "none")
+CHECKPOINTING = ("none", "blocks", "nested")
+PATCH_PIXELS = 16  # PixArt's patches of 2 x 2 latents, each of 8 x 8 pixels
 
 
-def option(default, group: str, help: str, choices: Sequence[str] | None = None):
-    """A dataclass field that becomes a command-line flag."""
-    return field(default=default, metadata={"group": group, "help": help, "choices": choices})
+def option(
+    default,
+    group: str,
+    help: str,
+    choices: Sequence[str] | None = None,
+    read: Callable[[str], typing.Any] | None = None,
+):
+    """A dataclass field that becomes a command-line flag; `read` turns its text into the value."""
+    return field(default=default, metadata={"group": group, "help": help, "choices": choices, "read": read})
+
+
+def resolution(text: str) -> int | str:
+    """`512` -> 512, the side of a square; `384x640` (height x width) stays as it is written.
+
+    Raises:
+        ArgumentTypeError: if a side does not hold a whole number of the transformer's patches.
+    """
+    sides = [int(side) for side in text.split("x")]
+    if len(sides) > 2 or any(side <= 0 or side % PATCH_PIXELS for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a multiple of {PATCH_PIXELS} such as 512, or height x width such as 384x640"
+        )
+    return sides[0] if len(sides) == 1 else text
+
+
+def image_sides(value: int | str) -> int | tuple[int, int]:
+    """The side of a square, or (height, width), of a value that `resolution` has read."""
+    if isinstance(value, int):
+        return value
+    height, width = value.split("x")
+    return int(height), int(width)
 
 
 @dataclass
@@ -34,7 +67,14 @@ class MedArtOptions:
     )
     caption_column: str = option("text", "data", "column with the captions")
     image_column: str = option("image", "data", "column with the images, for a data set on the hub")
-    resolution: int | None = option(None, "data", "side of the training images in pixels (default: the model's own)")
+    resolution: int | str | None = option(
+        None, "data", "side of the images in pixels, or height x width as in 384x640 (default: the model's own)",
+        read=resolution,
+    )  # fmt: skip
+    validation_data_dir: str | None = option(
+        None, "data", "folder of held-out images for the validation loss (default: val/ beside the data, if there)"
+    )
+    max_validation_samples: int = option(64, "data", "use only that many held-out images, drawn by the seed")
     center_crop: bool = option(False, "data", "crop the middle instead of a random place")
     random_flip: bool = option(False, "data", "mirror half of the images (not for images with a left and a right)")
     max_train_samples: int | None = option(None, "data", "use only that many images, drawn by the seed")
@@ -46,7 +86,9 @@ class MedArtOptions:
 
     rank: int = option(8, "LoRA", "rank of the adapters of the transformer and of T5")
     lora_alpha: float | None = option(None, "LoRA", "scale of the adapters times the rank (default: the rank)")
-    no_text_encoder_lora: bool = option(False, "LoRA", "leave T5 as it is")
+    use_dora: bool = option(False, "LoRA", "decompose the weights into magnitude and direction (arXiv:2402.09353)")
+    use_rslora: bool = option(False, "LoRA", "scale by alpha / sqrt(rank) instead of alpha / rank (arXiv:2312.03732)")
+    no_text_encoder_lora: bool = option(False, "LoRA", "leave T5 as it is: embeddings are cached and T5 is unloaded")
 
     no_hldf: bool = option(False, "HLDF", "plain latent fine-tuning, without the colour loss")
     N_steps: int = option(500, "HLDF", "colour loss at every N-th optimiser step, counted from 0")
@@ -55,15 +97,30 @@ class MedArtOptions:
     hldf_k: int = option(5, "HLDF", "the k of last_k (last k steps) and sparse (every k-th step)")
     hldf_batch_size: int = option(1, "HLDF", "images of the batch that take part, per process")
     hldf_guidance_scale: float = option(4.5, "HLDF", "classifier-free guidance of the sampled image")
+    hldf_checkpointing: str | None = option(
+        None, "HLDF", "recompute in the rollout: nothing, blocks, or blocks within steps (memory flat in M) "
+        "(default: nested with --gradient_checkpointing, else none)", CHECKPOINTING,
+    )  # fmt: skip
+    mask_overlay: bool = option(
+        False, "HLDF", "leave black borders and the green inset of endoscopes out of the colours"
+    )
     color_loss_weight: float | None = option(None, "HLDF", "weight of the colour loss (default: 1 / M_times)")
 
     train_batch_size: int = option(1, "training", "images per process and micro-batch")
     gradient_accumulation_steps: int = option(1, "training", "micro-batches per optimiser step")
     num_train_epochs: int = option(15, "training", "passes over the data, unless --max_train_steps is given")
     max_train_steps: int | None = option(None, "training", "optimiser steps in all")
+    snr_gamma: float | None = option(
+        None, "training", "min-SNR weights of the noise loss, 5.0 in the paper (arXiv:2303.09556; default: none)"
+    )
+    noise_offset: float = option(0.0, "training", "share of noise that is constant over an image, such as 0.05")
     learning_rate: float = option(1e-4, "training", "peak learning rate")
+    text_encoder_lr: float | None = option(None, "training", "peak learning rate of T5's adapters (default: the same)")
+    scale_lr: bool = option(False, "training", "multiply the rates by processes x accumulation x batch size")
     lr_scheduler: str = option("constant", "training", "course of the learning rate", SCHEDULERS)
     lr_warmup_steps: int = option(0, "training", "optimiser steps of linear warm-up")
+    lr_num_cycles: int = option(1, "training", "restarts of cosine_with_restarts")
+    lr_power: float = option(1.0, "training", "exponent of polynomial")
     use_8bit_adam: bool = option(False, "training", "AdamW with 8-bit moments (bitsandbytes)")
     adam_beta1: float = option(0.9, "training", "decay of the first moment")
     adam_beta2: float = option(0.999, "training", "decay of the second moment")
@@ -88,10 +145,10 @@ class MedArtOptions:
     )
     num_validation_images: int = option(4, "output", "images per prompt in the sample grids")
     validation_steps: int = option(
-        500, "output", "optimiser steps between sample grids; 0: none but the first and last"
+        500, "output", "optimiser steps between sample grids and validation losses; 0: none but the first and last"
     )
     logging_steps: int = option(10, "output", "optimiser steps between entries of log.jsonl")
-    report_to: str = option("tensorboard", "output", "tracker beside log.jsonl", TRACKERS)
+    report_to: str = option("tensorboard", "output", "tracker beside log.jsonl; all: both", TRACKERS)
 
     def check(self) -> None:
         """Find values that cannot work. Raises UserError naming the flag, the value and the remedy."""
@@ -108,16 +165,26 @@ class MedArtOptions:
             "checkpointing_steps",
             "logging_steps",
             "num_validation_images",
+            "max_validation_samples",
             "max_grad_norm",
             "learning_rate",
+            "lr_num_cycles",
         ]
-        optional = ("resolution", "max_train_samples", "max_train_steps", "lora_alpha", "checkpoints_total_limit")
+        optional = (
+            "max_train_samples",
+            "max_train_steps",
+            "lora_alpha",
+            "checkpoints_total_limit",
+            "text_encoder_lr",
+            "snr_gamma",
+        )
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if getattr(self, name) <= 0:
                 hint = " (to train without the colour loss: --no_hldf)" if name in ("N_steps", "M_times") else ""
                 raise UserError(f"--{name} is {getattr(self, name)}; give a number above 0{hint}")
-        if self.seed < 0:
-            raise UserError(f"--seed is {self.seed}; give 0 or more")
+        for name in ("seed", "noise_offset"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise UserError(f"--proportion_empty_prompts is {self.proportion_empty_prompts}; give a share from 0 to 1")
         if self.hldf_batch_size > self.train_batch_size and not self.no_hldf:
@@ -139,6 +206,7 @@ def add_options(parser: argparse.ArgumentParser, options_type: type) -> None:
         flag = f"--{item.name}"
         if isinstance(kind, types.UnionType):
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
+        read = item.metadata["read"] or kind
         if kind is bool:
             groups[group].add_argument(flag, action="store_true", help=text)
         elif typing.get_origin(kind) is list:
@@ -147,18 +215,54 @@ def add_options(parser: argparse.ArgumentParser, options_type: type) -> None:
             shown = text if item.default is None else f"{text} (default: {item.default})"
             metavar = {int: "N", float: "X", str: "TEXT"}[kind] if item.metadata["choices"] is None else None
             groups[group].add_argument(
-                flag, type=kind, default=item.default, choices=item.metadata["choices"], metavar=metavar, help=shown
+                flag, type=read, default=item.default, choices=item.metadata["choices"], metavar=metavar, help=shown
             )
 
 
 def parse(options_type: type, description: str | None, argv: Sequence[str] | None = None):
-    """Read the command line into an instance of `options_type` and check it."""
+    """Read the command line, over `--config` if that is given, into a checked instance of `options_type`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="options from a .toml or .json file, such as a run's options.json"
+    )
     add_options(parser, options_type)
-    options = options_type(**vars(parser.parse_args(argv)))
+    given = parser.parse_args(argv)
+    if given.config:
+        names = [item.name for item in dataclasses.fields(options_type)]
+        given = parser.parse_args(argv, parser.parse_args(read_config(given.config, names)))
+    options = options_type(**{name: value for name, value in vars(given).items() if name != "config"})
     options.check()
     return options
 
+
+def read_config(file: Path, names: Sequence[str]) -> list[str]:
+    """The command line that a .toml or .json file of options stands for.
+
+    Raises:
+        UserError: for an unreadable file, or an option that does not exist.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        content = tomllib.loads(text) if file.suffix == ".toml" else json.loads(text)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {file} cannot be read: {error}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"--config {file} holds no table of options; write name = value lines, or a JSON object")
+    unknown = sorted(content.keys() - {*names, *OF_THE_MACHINE})
+    if unknown:
+        raise UserError(f"--config {file}: there is no option {unknown[0]}; python medart.py --help lists them")
+    argv = []
+    for name, value in content.items():
+        values = value if isinstance(value, list) else [value]
+        if name not in OF_THE_MACHINE:
+            argv += [
+                f"--{name}" if each is True else f"--{name}={each}" for each in values if each not in (None, False)
+            ]
+    return argv
+
+
+# What options.json keeps besides the options: where the run was made.
+OF_THE_MACHINE = ("precision", "num_processes")
 
 # What may differ between a run and its resumption: none of it touches the course of the training.
 FREE_ON_RESUME = frozenset(
@@ -174,6 +278,8 @@ FREE_ON_RESUME = frozenset(
         "logging_steps",
         "report_to",
         "dataloader_num_workers",
+        "validation_data_dir",
+        "max_validation_samples",
         "cache_dir",
         "output_dir",
     ]

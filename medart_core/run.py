@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,19 +11,16 @@ from medart_core.pretrained import PixArt
 
 
 def adamw(
-    parameters: list[torch.nn.Parameter],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    use_8bit: bool,
+    groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, weight_decay: float, use_8bit: bool
 ) -> torch.optim.Optimizer:
-    """AdamW: with 8-bit moments through bitsandbytes, else torch's fused one."""
+    """AdamW of groups `{"params": [...], "lr": x}`: bitsandbytes' with 8-bit moments, or else torch's fused one."""
+    groups = [group for group in groups if group["params"]]
+    settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
     if use_8bit:
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(parameters, lr, betas, eps, weight_decay)  # pyright: ignore[reportArgumentType]
-    return torch.optim.AdamW(parameters, lr, betas, eps, weight_decay, fused=True)
+        return AdamW8bit(groups, **settings)  # pyright: ignore[reportArgumentType]
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 @dataclass
@@ -38,7 +36,7 @@ class Run:
 
     @property
     def lr(self) -> float:
-        """The learning rate of the last step."""
+        """The learning rate of the last step (the transformer's, where T5 has its own)."""
         return float(self.lr_scheduler.get_last_lr()[0])
 
     def update(self) -> None:

@@ -1,22 +1,21 @@
-"""What a run writes for people while it goes: log.jsonl, TensorBoard, sample grids, and the model card at its end."""
+"""What a run writes for people while it goes: log.jsonl, trackers, sample grids, and the model card at its end."""
 
 import json
 import resource
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from medart_core.options import MedArtOptions
+from medart_core.options import MedArtOptions, image_sides
 from medart_core.pictures import image_grid
 from medart_core.pretrained import PixArt
 from medart_core.sampling import sample_images
+from medart_core.trackers import open_trackers
 
 
 def peak_mem_gb() -> float:
@@ -27,7 +26,7 @@ def peak_mem_gb() -> float:
 
 
 class RunLog:
-    """Means of every `logging_steps` steps and each HLDF step, as JSON lines and in TensorBoard; sample grids."""
+    """Means of every `logging_steps` steps and each HLDF step, as JSON lines and in the trackers; sample grids."""
 
     def __init__(self, folder: Path, opts: MedArtOptions, prompts: list[str], first_step: int):
         """Entries from `first_step` on are dropped: a resumed run writes them again."""
@@ -36,11 +35,7 @@ class RunLog:
         kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] < first_step]
         self.file.write_text("".join(f"{line}\n" for line in kept))
         self.pending: list[tuple[Mapping[str, Tensor], float]] = []
-        self.writer = None
-        if opts.report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self.trackers = open_trackers(opts.report_to, folder, first_step)
 
     def add(self, step: int, values: Mapping[str, Tensor], seconds: float, lr: float, progress: tqdm) -> None:
         """Take in the 0-dim tensors of one step; they are read, and the device waited for, only when written."""
@@ -55,28 +50,33 @@ class RunLog:
         entry[kind] = seconds if with_hldf else sum(plain) / len(plain)
         entry["peak_mem_gb"] = peak_mem_gb()
         self.pending.clear()
-        with open(self.file, "a") as file:
-            file.write(json.dumps({"step": step, **entry}) + "\n")
-        if self.writer:
-            for name, value in entry.items():
-                self.writer.add_scalar(name, value, step)
+        self._write(step, entry)
         shown = {name: f"{entry[name]:.4f}" for name in ("loss_noise", "loss_color") if name in entry}
         progress.set_postfix(shown, refresh=False)
 
-    def grid(self, model: PixArt, step: int, precision: AbstractContextManager) -> None:
+    def validation(self, finished_steps: int, loss: float) -> None:
+        """Take in the loss on held-out images after `finished_steps` steps."""
+        self._write(max(finished_steps - 1, 0), {"loss_validation": loss})
+
+    def _write(self, step: int, entry: Mapping[str, float]) -> None:
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"step": step, **entry}) + "\n")
+        for tracker in self.trackers:
+            tracker.scalars(step, entry)
+
+    def grid(self, model: PixArt, step: int) -> None:
         """Write samples/step-<step>.png: a row per prompt, from the same noise at every step."""
-        count, size = self.opts.num_validation_images, self.opts.resolution or model.image_size
+        count, size = self.opts.num_validation_images, image_sides(self.opts.resolution or model.image_size)
         seeds = [self.opts.seed + column for column in range(count)] * len(self.prompts)
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
-        with precision:
-            images = sample_images(model, repeated, seeds, image_size=size)
-            pictures = [Image.fromarray(image.numpy()) for image in images]
+        images = sample_images(model, repeated, seeds, image_size=size)
+        pictures = [Image.fromarray(image.numpy()) for image in images]
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
-        picture = image_grid(rows, row_names=self.prompts, cell=min(size, 256))
+        picture = image_grid(rows, row_names=self.prompts, cell=min(pictures[0].width, 256))
         (self.folder / "samples").mkdir(exist_ok=True)
         picture.save(self.folder / "samples" / f"step-{step:06d}.png")
-        if self.writer:
-            self.writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+        for tracker in self.trackers:
+            tracker.picture(step, picture)
 
     def model_card(self, settings: Mapping, step: int) -> None:
         """Write README.md: what was trained on what, with which options, and how to use it."""
@@ -99,8 +99,8 @@ Made with Med-Art's `medart.py`. Not for diagnosis. Check the licence of the dat
 {chr(10).join(lines)}
 """
         (self.folder / "README.md").write_text(card, encoding="utf-8")
-        if self.writer:
-            self.writer.close()
+        for tracker in self.trackers:
+            tracker.close()
 
 
 def _whole_lines(file: Path) -> list[str]:

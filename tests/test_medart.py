@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import medart
@@ -218,6 +219,38 @@ def test_saved_adapters_draw_what_the_trained_model_draws(run, flags, tmp_path, 
     loaded.text_encoder = lora.load(loaded.text_encoder, folders[1])
     images = [next(iter(sample_images(m, ["a chest"], [3], num_inference_steps=3))) for m in (kept["model"], loaded)]
     assert torch.equal(*images) and not torch.equal(images[0], base)
+
+
+def test_images_need_not_be_square_and_held_out_ones_are_measured(run, flags, tmp_path, x_rays):
+    out = tmp_path / "out"
+    extra = [
+        "--resolution=48x32",
+        f"--validation_data_dir={x_rays}",
+        "--max_validation_samples=3",
+        "--max_train_steps=2",
+    ]
+    run(*flags, *extra, "--validation_steps=1", f"--output_dir={out}")
+    measured = [entry["loss_validation"] for entry in entries(out) if "loss_validation" in entry]
+    assert len(measured) == 3 and measured[0] != measured[2]  # before the first step, and after each
+    with Image.open(out / "samples" / "step-000002.png") as picture:
+        assert picture.height > picture.width - 120  # the names take 120 pixels
+
+
+def test_each_part_has_its_learning_rate_and_scale_lr_multiplies_both(run, flags, tmp_path):
+    rates = {}
+    for name, extra in (("plain", []), ("scaled", ["--scale_lr", "--gradient_accumulation_steps=2"])):
+        out = tmp_path / name
+        run(*flags, "--max_train_steps=1", "--no_hldf", "--text_encoder_lr=1e-3", *extra, f"--output_dir={out}")
+        groups = checkpoint.load_tree(out / "checkpoint-1" / "state")["optimizer"]["param_groups"]
+        rates[name] = [group["initial_lr"] for group in groups]
+    assert rates["plain"] == pytest.approx([1e-2, 1e-3])
+    assert rates["scaled"] == pytest.approx([4e-2, 4e-3])
+
+
+def test_wandb_is_asked_for_by_name_when_it_is_missing(run, flags, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        run(*flags, "--report_to=wandb", f"--output_dir={tmp_path / 'out'}")
 
 
 def test_a_data_error_is_one_line_and_exit_code_2_before_any_model_loads(tmp_path, x_rays):

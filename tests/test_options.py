@@ -1,0 +1,64 @@
+"""Options from the command line and from files."""
+
+import argparse
+import json
+
+import pytest
+
+from medart_core import options
+from medart_core.errors import UserError
+from medart_core.options import MedArtOptions, image_sides, resolution
+
+
+def parse(*argv: str) -> MedArtOptions:
+    return options.parse(MedArtOptions, None, argv)
+
+
+def test_a_file_of_options_lies_under_the_command_line(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text('rank = 4\nresolution = "384x640"\ncenter_crop = true\nvalidation_prompt = ["a", "b c"]\n')
+    opts = parse(f"--config={file}", "--rank=16")
+    assert (opts.rank, opts.resolution, opts.center_crop, opts.validation_prompt) == (
+        16,
+        "384x640",
+        True,
+        ["a", "b c"],
+    )
+
+
+def test_a_runs_options_repeat_it(tmp_path):
+    argv = ["--seed=7", "--no_hldf", "--snr_gamma=5", "--resolution=64x32", '--validation_prompt=- a "quoted" one']
+    first = parse(*argv)
+    file = tmp_path / "options.json"
+    file.write_text(json.dumps(vars(first) | {"precision": "torch.float32", "num_processes": 2}))
+    assert parse(f"--config={file}") == first
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"rnak": 4}', "no option rnak"),
+        ("a.json", "[1]", "no table"),
+        ("a.toml", "rank 4", "cannot be read"),
+        ("gone.json", None, "cannot be read"),
+    ],
+)
+def test_a_faulty_file_is_named(tmp_path, name, text, message):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse(f"--config={tmp_path / name}")
+
+
+def test_a_value_of_a_wrong_type_in_a_file_is_an_error(tmp_path, capsys):
+    (tmp_path / "a.json").write_text('{"rank": "many"}')
+    with pytest.raises(SystemExit):
+        parse(f"--config={tmp_path / 'a.json'}")
+    assert "--rank" in capsys.readouterr().err
+
+
+def test_resolution_is_a_side_or_height_x_width():
+    assert image_sides(resolution("512")) == 512 and image_sides(resolution("384x640")) == (384, 640)
+    for wrong in ("500", "0", "64x64x64", "64x-32"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            resolution(wrong)
