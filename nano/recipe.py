@@ -9,7 +9,7 @@ OPTIONS = {
     "center_crop": True,
     "cache_latents": True,
     "train_batch_size": 24,
-    "learning_rate": 6e-3,
+    "learning_rate": 2e-3,
     "lr_scheduler": "cosine",
     "lr_warmup_steps": 20,
     "rank": 8,
