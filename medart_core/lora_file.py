@@ -8,7 +8,7 @@ alpha for the rank agree. Its header holds the configuration as diffusers writes
 `lora_adapter_metadata`, names prefixed by the part. Two layouts, which differ in the text encoder's prefix only:
 
 - `diffusers`: `transformer.` and `text_encoder.` before PEFT's names, as diffusers saves the LoRA of those pipelines
-  that have a loader (PixArt's has none). OneTrainer reads it, DoRA included, to train the same layers at the same rank:
+  that have a loader (PixArt's has none). OneTrainer reads it, DoRA included, to train the same layers at that rank:
   https://github.com/Nerogar/OneTrainer/blob/221092c0e8cbe64f704cdd876325b5854cb17e38/modules/util/load_lora_util.py
 - `comfyui`: ComfyUI maps the same transformer names for PixArt, but calls the text encoder by its place there:
   https://github.com/Comfy-Org/ComfyUI/blob/ec93dcacb96b922f7cb1417b3ba22bccb082df32/comfy/lora.py
@@ -198,11 +198,11 @@ def merge(pipeline, folder: Path) -> None:
 
 def stored_dtype(model: Any, subfolder: str) -> torch.dtype:
     """The dtype of a loaded part in the safetensors it came from; where there are none, the one it has now."""
-    source = Path(model.config._name_or_path)
+    source = Path(model.config._name_or_path)  # the pipeline's folder, the part's own, or a hub id
     if not source.is_dir():
         source = Path(snapshot_download(str(source), local_files_only=True))
-    # The shortest name is that without a variant such as fp16.
-    for file in sorted((source / subfolder).glob("*.safetensors"), key=lambda file: len(file.name))[:1]:
-        with safe_open(file, "pt") as content:
-            return content.get_tensor(min(content.keys())).dtype
-    return next(model.parameters()).dtype
+    files = [*(source / subfolder).glob("*.safetensors")] or [*source.glob("*.safetensors")]
+    if not files:
+        return next(model.parameters()).dtype
+    with safe_open(min(files, key=lambda file: len(file.name)), "pt") as content:  # a variant's name is longer
+        return content.get_tensor(min(content.keys())).dtype
