@@ -2,6 +2,7 @@
 
     python sample.py --lora nano/lora-chest-xray --prompt "A chest X-ray image of bacterial pneumonia"
     python sample.py --lora medart --prompts prompts.txt --num-images 4 --seed 1 --out results/mine
+    python sample.py --lora medart --merge results/pipeline    a full pipeline folder instead of images
 
 Which family is sampled, printed at the start: --model DiT-*, --ckpt or --class-labels mean DiT; --prompt, --prompts,
 --lora or another --model mean PixArt; with none of them a finished run in medart/ is sampled (of the asked
@@ -15,10 +16,11 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
-from medart_core import lora, pretrained
+from medart_core import lora_file, pretrained
 from medart_core.checkpoint import FINISHED, OPTIONS
 from medart_core.errors import UserError, exit_codes
 from medart_core.pictures import image_grid
@@ -43,8 +45,9 @@ def parse_options() -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="PixArt folder or hub id (default: what the LoRA was made for)")
     model.add_argument(
-        "--lora", type=Path, metavar="DIR", help="output folder of medart.py, or one of its checkpoints"
+        "--lora", type=Path, metavar="PATH", help="output folder of medart.py, a checkpoint in it, or a .safetensors"
     )
+    model.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="the LoRA's strength (default: 1)")
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint")
     model.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     sampler = parser.add_argument_group("sampler")
@@ -56,6 +59,9 @@ def parse_options() -> argparse.Namespace:
     sampler.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (default: 4)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="new folder (default: the next free results/sample-NNN)"
+    )
+    parser.add_argument(
+        "--merge", type=Path, metavar="DIR", help="draw nothing: write the model with the LoRA merged to a new folder"
     )
     options = parser.parse_args()
     for name in ("num_images", "num_inference_steps", "batch_size"):
@@ -93,22 +99,27 @@ def choose_prompts(options: argparse.Namespace) -> list[str]:
             raise UserError(f"{options.prompts} does not exist; give a text file with one prompt per line")
         prompts += [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
     if options.lora and not prompts:
-        prompts = read_json(options.lora / FINISHED).get("prompts", [])
+        run = options.lora.parent if options.lora.is_file() else options.lora
+        prompts = read_json(run / FINISHED).get("prompts", [])
     return prompts or NANO_PROMPTS
 
 
-def load_model(options: argparse.Namespace) -> pretrained.PixArt:
+def load_model(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> pretrained.PixArt:
     """The base model with the LoRA on it."""
-    device = pretrained.pick_device()
-    precision = options.precision if options.precision != "auto" else "bf16" if device.type == "cuda" else "fp32"
-    dtype, remark = pretrained.pick_dtype("bf16" if precision == "bf16" else "no", device)
-    if remark:
-        print(remark)
-    folders = lora.find(options.lora) if options.lora else (None, None)
-    model = pretrained.load(options.model or lora.base_model(folders), dtype, device)
-    model.transformer = lora.load(model.transformer, folders[0])
-    model.text_encoder = lora.load(model.text_encoder, folders[1])
+    adapters = lora_file.read(options.lora) if options.lora else {}
+    model = pretrained.load(options.model or lora_file.base_model(adapters), dtype, device)
+    lora_file.apply(model, adapters, options.lora_scale)
     return model
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write a pipeline folder with the LoRA in the weights, computed in fp32 on the CPU."""
+    if not options.lora:
+        raise UserError("--merge has nothing to merge; give --lora")
+    if options.merge.exists() and (options.merge.is_file() or any(options.merge.iterdir())):
+        raise UserError(f"{options.merge} is not an empty folder; choose another --merge, or remove it")
+    lora_file.merge(load_model(options, torch.float32, torch.device("cpu")), options.merge)
+    print(f"{options.lora} merged: PixArtAlphaPipeline.from_pretrained({str(options.merge)!r}) loads it")
 
 
 def choose_folder(out: Path | None) -> Path:
@@ -127,9 +138,16 @@ def main() -> None:
     print(f"sampling {reason}", flush=True)
     if family == "DiT":
         raise UserError("class-conditional DiT sampling is not part of this version yet; use --prompt or --lora")
+    if options.merge:
+        return merge(options)
     prompts = choose_prompts(options)
     out = choose_folder(options.out)
-    model = load_model(options)
+    device = pretrained.pick_device()
+    bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
+    dtype, remark = pretrained.pick_dtype("bf16" if bf16 else "no", device)
+    if remark:
+        print(remark)
+    model = load_model(options, dtype, device)
     size = options.image_size or model.image_size
     if size % (2 * model.vae_scale_factor):
         raise UserError(f"--image-size {size} does not fit the model; give a multiple of {2 * model.vae_scale_factor}")

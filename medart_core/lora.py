@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from medart_core.errors import UserError
@@ -23,27 +25,60 @@ TRANSFORMER_TARGETS = (
 TEXT_ENCODER_TARGETS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
 
 
-def lora_config(targets: tuple[str, ...], rank: int, lora_alpha: float | None = None) -> LoraConfig:
-    """A Gaussian-initialised LoRA without dropout; `lora_alpha` defaults to the rank, so that the scale is 1."""
+def lora_config(
+    targets: tuple[str, ...],
+    rank: int,
+    lora_alpha: float | None = None,
+    use_dora: bool = False,
+    use_rslora: bool = False,
+) -> LoraConfig:
+    """A Gaussian-initialised LoRA without dropout.
+
+    `lora_alpha` defaults to the rank. The update's scale is lora_alpha / rank, with `use_rslora` lora_alpha /
+    sqrt(rank) (arXiv:2312.03732); `use_dora` trains the rows' norms apart from their directions (arXiv:2402.09353).
+    """
     return LoraConfig(
         r=rank,
         lora_alpha=rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats
         init_lora_weights="gaussian",
         target_modules=list(targets),
+        use_dora=use_dora,
+        use_rslora=use_rslora,
     )
 
 
 def attach(
-    model: nn.Module, targets: tuple[str, ...], rank: int, lora_alpha: float | None = None, base: str | None = None
+    model: nn.Module,
+    targets: tuple[str, ...],
+    rank: int,
+    lora_alpha: float | None = None,
+    base: str | None = None,
+    use_dora: bool = False,
+    use_rslora: bool = False,
 ) -> PeftModel:
     """Freeze `model` and put trainable fp32 adapters on `targets`; the base keeps its dtype.
 
     `base` is the name of the pipeline that the adapters belong to, and is saved with them.
     """
     model.requires_grad_(False)
-    adapted = get_peft_model(model, lora_config(targets, rank, lora_alpha), autocast_adapter_dtype=True)  # type: ignore[arg-type]
+    config = lora_config(targets, rank, lora_alpha, use_dora, use_rslora)
+    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
     adapted.peft_config["default"].base_model_name_or_path = base
+    if use_dora:
+        _measure_magnitudes(adapted)
     return adapted  # type: ignore[return-value]
+
+
+def _measure_magnitudes(model: nn.Module) -> None:
+    """Set DoRA's magnitudes to the rows' norms in fp32: PEFT rounds them to the base's dtype.
+
+    The forward divides by the fp32 norm, so on a bf16 base every row would begin up to 0.4 % off.
+    """
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            weight = dequantize_module_weight(layer.get_base_layer()).float()
+            magnitude = layer.lora_magnitude_vector["default"]
+            magnitude.weight.data = magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
 
 
 def adapted_modules(model: nn.Module) -> list[str]:
@@ -112,7 +147,7 @@ def find(folder: Path) -> tuple[Path | None, Path | None]:
     if not any(found):
         raise UserError(
             f"no LoRA in {folder}: expected {TRANSFORMER_FOLDER}/ or {TEXT_ENCODER_FOLDER}/ with adapter_config.json, "
-            "as medart.py writes them"
+            "as medart.py writes them, or a .safetensors file"
         )
     return found[0], found[1]
 

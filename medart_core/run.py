@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from medart_core import checkpoint, lora
+from medart_core import checkpoint, lora, lora_file
 from medart_core.pretrained import PixArt
 
 
@@ -58,7 +58,7 @@ class Run:
 
         def write(folder: Path) -> None:
             checkpoint.save_tree(folder / "state", state)
-            self.save_adapters(folder)
+            self.save_folders(folder)
 
         published = checkpoint.publish(self.folder, f"checkpoint-{self.step}", write)
         checkpoint.prune(self.folder, limit, published)
@@ -72,7 +72,12 @@ class Run:
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.step = state["step"]
 
-    def save_adapters(self, folder: Path) -> None:
-        """Write the PEFT folders that sample.py and other tools load."""
+    def save_folders(self, folder: Path) -> None:
+        """Write the PEFT folders that sample.py loads."""
         lora.save(self.model.transformer, folder / lora.TRANSFORMER_FOLDER)
         lora.save(self.model.text_encoder, folder / lora.TEXT_ENCODER_FOLDER)
+
+    def save_adapters(self, folder: Path) -> None:
+        """Write the PEFT folders, and the same as one file that other tools load."""
+        self.save_folders(folder)
+        lora_file.export(folder, folder / lora_file.FILE_NAME)

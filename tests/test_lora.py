@@ -51,6 +51,8 @@ def test_adapters_are_fp32_on_a_frozen_bf16_base_and_begin_as_nothing(tiny_pixar
 def test_alpha_defaults_to_the_rank():
     assert lora.lora_config(("q",), rank=6).lora_alpha == 6
     assert lora.lora_config(("q",), rank=6, lora_alpha=3).lora_alpha == 3
+    plain, both = lora.lora_config(("q",), 6), lora.lora_config(("q",), 6, use_dora=True, use_rslora=True)
+    assert not (plain.use_dora or plain.use_rslora) and both.use_dora and both.use_rslora
 
 
 def test_round_trip_through_peft_folders_is_exact(tiny_pixart, tmp_path):

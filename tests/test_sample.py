@@ -4,10 +4,13 @@ import csv
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import sample
+from medart_core import lora, lora_file, pretrained
 from medart_core.errors import UserError
 
 
@@ -50,6 +53,42 @@ def call(monkeypatch, *arguments):
     sample.main()
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_pixart):
+    """A finished run with adapters that do something, and the same as one file elsewhere."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    for part, targets in (("transformer", lora.TRANSFORMER_TARGETS), ("text_encoder", lora.TEXT_ENCODER_TARGETS)):
+        model = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
+        adapted = lora.attach(getattr(model, part), targets, 4, base=str(tiny_pixart))
+        for parameter in lora.trainable_parameters(adapted):
+            torch.nn.init.normal_(parameter, std=0.2)
+        lora.save(adapted, folder / f"{part}_lora")
+    (folder / "finished.json").write_text(json.dumps({"prompts": ["a chest"]}))
+    lora_file.export(folder, folder.parent / "one.safetensors")
+    return folder
+
+
+def test_a_run_its_file_and_its_merged_model_draw_the_same(monkeypatch, tmp_path, run, tiny_pixart, capsys):
+    shared = ["--num-images", 1, "--num-inference-steps", 2, "--seed", 3]
+    file, merged = run.parent / "one.safetensors", tmp_path / "merged"
+    call(monkeypatch, "--lora", run, "--merge", merged)
+    assert f"from_pretrained({str(merged)!r})" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not an empty folder"):
+        call(monkeypatch, "--lora", run, "--merge", merged)
+    drawn = {}
+    for name, source in {
+        "run": ["--lora", run],
+        "file": ["--lora", file, "--prompt", "a chest"],
+        "merged": ["--model", merged, "--prompt", "a chest"],
+        "off": ["--lora", run, "--lora-scale", 0],
+        "base": ["--model", tiny_pixart, "--prompt", "a chest"],
+    }.items():
+        call(monkeypatch, *source, *shared, "--out", tmp_path / name)
+        drawn[name] = np.asarray(Image.open(tmp_path / name / "000000.png")).astype(int)
+    assert (drawn["run"] == drawn["file"]).all() and (drawn["off"] == drawn["base"]).all()
+    assert abs(drawn["run"] - drawn["merged"]).max() <= 1 < abs(drawn["run"] - drawn["base"]).max()
+
+
 def test_images_table_and_grid(monkeypatch, tmp_path, tiny_pixart, capsys):
     out, prompts = tmp_path / "out", tmp_path / "prompts.txt"
     prompts.write_text("a chest\n\nnormal lungs\n")
@@ -76,6 +115,7 @@ def test_images_table_and_grid(monkeypatch, tmp_path, tiny_pixart, capsys):
         (["--prompts", "/no/such/file"], "does not exist"),
         (["--lora", "/no/such/lora", "--prompt", "x"], "no LoRA in"),
         (["--image-size", 512], "not part of this version"),
+        (["--merge", "x"], "nothing to merge"),
     ],
 )
 def test_user_errors(monkeypatch, tmp_path, arguments, message):
