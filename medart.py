@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffusers_grad import decode_latents, sample_latents
-from medart_core import checkpoint, data, latents, lora, options, pretrained
+from medart_core import checkpoint, data, latents, lora, options, pretrained, stopping
 from medart_core.errors import UserError, exit_codes
 from medart_core.objectives import color_distribution_loss, color_report, noise_prediction_loss
 from medart_core.options import MedArtOptions
@@ -108,9 +108,8 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
 
     Raises UserError if the loss has no gradient, so that HLDF can never be inactive without a word.
     """
-    rows = range(opts.hldf_batch_size)
-    captions = [batch["captions"][row] for row in rows]
-    real = torch.stack([dataset.pixel_values(batch["keys"][row]) for row in rows]).to(model.vae.device)
+    captions, keys = (batch[name][: opts.hldf_batch_size] for name in ("captions", "keys"))
+    real = torch.stack([dataset.pixel_values(key) for key in keys]).to(model.vae.device)
     before = lora.gradients(parameters)
     with accelerator.autocast():
         generated = sample_with_gradient(model, captions, real.shape[-2:], draws, opts)
@@ -119,7 +118,7 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     if loss.requires_grad:
         (weight * loss).backward()
     grad_norm = lora.gradients(parameters).sub_(before).norm()
-    if weight and not grad_norm > 0:
+    if weight and grad_norm == 0:
         raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
     return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated.detach(), real)}
 
@@ -130,42 +129,42 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_
     window, batch_size = opts.gradient_accumulation_steps, opts.train_batch_size
     noise_scheduler = DDPMScheduler.from_config(model.scheduler.config)
     stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
-    workers = opts.dataloader_num_workers
-    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, num_workers=workers))
+    loading = {"num_workers": opts.dataloader_num_workers, "worker_init_fn": stopping.leave_process_group}
+    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, **loading))
     progress = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
-    with checkpoint.StopSignal() as stop:
+    with stopping.StopSignal(say=log is not None) as stop:
         for step in range(run.step, max_steps):
             started = time.perf_counter()
-
             # 1. Noise prediction: one backward per micro-batch.
             draws = SharedDraws((opts.seed, NOISE, step), batch_size, rank, num_processes)
-            loss_noise = torch.zeros((), device=accelerator.device)
+            parts = []
             for _ in range(window):
                 batch = next(batches)
                 with accelerator.autocast():
                     loss = denoising_loss(model, noise_scheduler, batch, draws, opts) / window
                 loss.backward()
-                loss_noise += loss.detach()
-            entry = {"loss_noise": loss_noise}
+                parts.append(("noise loss", loss.detach(), dataset.sources(batch)))
+            entry = {"loss_noise": torch.stack([loss for _, loss, _ in parts]).sum()}
 
             # 2. HLDF at every N-th step: the colours of a sampled image, through the decoder and all M steps.
             if not opts.no_hldf and step % opts.N_steps == 0:
                 draws = SharedDraws((opts.seed, ROLLOUT, step), opts.hldf_batch_size, rank, num_processes)
                 entry |= color_gradient(model, batch, dataset, draws, run.parameters, accelerator, opts)
+                parts.append(("colour loss", entry["loss_color"], dataset.sources(batch)[: opts.hldf_batch_size]))
 
             # 3. One synchronisation of the gradients, one clipped update.
-            stopping = lora.average_gradients(run.parameters, stop.requested)
+            ending = run.average_gradients(parts, stop.requested, rank)
             entry["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.parameters, opts.max_grad_norm)
             run.update()
 
             if log:
                 progress.update()
                 log.add(step, entry, time.perf_counter() - started, run.lr, progress)
-                if run.step % opts.checkpointing_steps == 0 or stopping or run.step == max_steps:
+                if run.step % opts.checkpointing_steps == 0 or ending or run.step == max_steps:
                     run.save(opts.checkpoints_total_limit)
                 if opts.validation_steps and run.step % opts.validation_steps == 0 and run.step < max_steps:
                     log.grid(model, run.step, accelerator.autocast())
-            if stopping:
+            if ending:
                 return stop.exit_code
     return 0
 
@@ -174,7 +173,7 @@ def main() -> int:
     opts = options.parse(MedArtOptions, __doc__)
     asked = opts.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype, remark = pretrained.pick_dtype(asked, pretrained.pick_device())
-    checkpoint.end_with_launcher()
+    stopping.end_with_launcher()
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while the first one samples
     accelerator = Accelerator(mixed_precision="bf16" if dtype is torch.bfloat16 else "no", kwargs_handlers=[waiting])
     folder, say = Path(opts.output_dir), accelerator.print
@@ -199,10 +198,11 @@ def main() -> int:
             seed=opts.seed,
             show_progress=accelerator.is_main_process,
         )
-        resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, options.FREE_ON_RESUME)
-    say(f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}")
-    if remark:
-        say(remark)
+        resumed = checkpoint.resume_decision(
+            folder, settings, opts.resume_from_checkpoint, options.FREE_ON_RESUME, accelerator.is_main_process
+        )
+    first_line = f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}"
+    say("\n".join(filter(None, (first_line, remark))))
 
     model = build_model(opts, dtype, accelerator.device)
     parameters = [*lora.trainable_parameters(model.transformer), *lora.trainable_parameters(model.text_encoder)]
@@ -212,8 +212,7 @@ def main() -> int:
     dataset = data.CaptionDataset(examples, transform, opts.seed)
     per_step = opts.train_batch_size * accelerator.num_processes * opts.gradient_accumulation_steps
     max_steps = opts.max_train_steps or opts.num_train_epochs * math.ceil(len(dataset) / per_step)
-    lengths = {"num_warmup_steps": opts.lr_warmup_steps, "num_training_steps": max_steps}
-    lr_scheduler = get_scheduler(opts.lr_scheduler, optimizer, **lengths)
+    lr_scheduler = get_scheduler(opts.lr_scheduler, optimizer, None, opts.lr_warmup_steps, max_steps)
     run = Run(model, parameters, optimizer, lr_scheduler, folder)
     if resumed:
         run.resume(resumed)
@@ -226,21 +225,22 @@ def main() -> int:
         f"(M = {opts.M_times}, {opts.hldf_gradient}); {sum(p.numel() for p in parameters):,} trained parameters"
     )
 
-    log = None
-    if accelerator.is_main_process:
-        prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
-        log = RunLog(folder, opts, prompts, run.step)
-        if run.step == 0:
-            log.grid(model, 0, accelerator.autocast())
-    code = train(opts, accelerator, run, dataset, max_steps, log)
-    if log and not code:
-        log.grid(model, run.step, accelerator.autocast())
-        run.save_adapters(folder)
-        log.model_card(settings, run.step)
-        checkpoint.finish(folder, run.step, log.prompts)
-        say(f"finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora {folder}")
-    elif log:
-        say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
+    with checkpoint.disk_faults(folder):
+        log = None
+        if accelerator.is_main_process:
+            prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
+            log = RunLog(folder, opts, prompts, run.step)
+            if run.step == 0:
+                log.grid(model, 0, accelerator.autocast())
+        code = train(opts, accelerator, run, dataset, max_steps, log)
+        if log and not code:
+            log.grid(model, run.step, accelerator.autocast())
+            run.save_adapters(folder)
+            log.model_card(settings, run.step)
+            checkpoint.finish(folder, run.step, log.prompts)
+            say(f"finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora {folder}")
+        elif log:
+            say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
     accelerator.end_training()
     return code
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import medart
-from medart_core import checkpoint, lora, options, pretrained
+from medart_core import checkpoint, lora, options, pretrained, trees
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,7 +130,7 @@ def test_sigterm_to_the_launcher_publishes_a_checkpoint_and_leaves_no_worker(fla
 
 def first_moments(folder: Path) -> torch.Tensor:
     """Adam's first moments after one step: a tenth of the (clipped) gradient."""
-    state = checkpoint.load_tree(folder / "checkpoint-1" / "state")["optimizer"]["state"]
+    state = trees.load_tree(folder / "checkpoint-1" / "state")["optimizer"]["state"]
     return torch.cat([state[index]["exp_avg"].flatten() for index in sorted(state)])
 
 
