@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffusers_grad import decode_latents, sample_latents
-from medart_core import checkpoint, data, latents, lora, options, pretrained
+from medart_core import checkpoint, data, latents, lora, options, pretrained, stopping
 from medart_core.default_data import DEFAULT_DATA, held_out_folder, locate
 from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
@@ -79,9 +79,8 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
 
     Raises UserError if the loss has no gradient, so that HLDF can never be inactive without a word.
     """
-    rows = range(opts.hldf_batch_size)
-    captions = [batch["captions"][row] for row in rows]
-    real = torch.stack([dataset.pixel_values(batch["keys"][row]) for row in rows]).to(model.vae.device)
+    captions, keys = (batch[name][: opts.hldf_batch_size] for name in ("captions", "keys"))
+    real = torch.stack([dataset.pixel_values(key) for key in keys]).to(model.vae.device)
     before = lora.gradients(parameters)
     with accelerator.autocast():
         generated = sample_with_gradient(model, captions, real.shape[-2:], draws, opts)
@@ -90,7 +89,7 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     if loss.requires_grad:
         (weight * loss).backward()
     grad_norm = lora.gradients(parameters).sub_(before).norm()
-    if weight and not grad_norm > 0:
+    if weight and grad_norm == 0:
         raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
     return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated.detach(), real)}
 
@@ -111,45 +110,48 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
     names = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
     settings = {name: getattr(opts, name) for name in names}
     stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
-    workers = opts.dataloader_num_workers
-    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, num_workers=workers))
+    loading = {"num_workers": opts.dataloader_num_workers, "worker_init_fn": stopping.leave_process_group}
+    batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, **loading))
     if log and run.step == 0:
         show(model, noise_scheduler, held_out, 0, log, accelerator, opts)
     progress = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
-    with checkpoint.StopSignal() as stop:
+    with stopping.StopSignal(say=log is not None) as stop:
         for step in range(run.step, max_steps):
             started = time.perf_counter()
 
             # 1. Noise prediction: one backward per micro-batch.
             draws = SharedDraws((opts.seed, NOISE, step), batch_size, rank, num_processes)
-            loss_noise = torch.zeros((), device=accelerator.device)
+            parts = []
             for _ in range(window):
                 batch = next(batches)
                 with accelerator.autocast():
                     loss = denoising_loss(model, noise_scheduler, batch, draws, **settings) / window
                 loss.backward()
-                loss_noise += loss.detach()
-            entry = {"loss_noise": loss_noise}
+                parts.append(("noise loss", loss.detach(), dataset.sources(batch)))
+            entry = {"loss_noise": torch.stack([loss for _, loss, _ in parts]).sum()}
 
             # 2. HLDF at every N-th step: the colours of a sampled image, through the decoder and all M steps.
             if not opts.no_hldf and step % opts.N_steps == 0:
                 draws = SharedDraws((opts.seed, ROLLOUT, step), opts.hldf_batch_size, rank, num_processes)
                 entry |= color_gradient(model, batch, dataset, draws, run.parameters, accelerator, opts)
+                parts.append(("colour loss", entry["loss_color"], dataset.sources(batch)[: opts.hldf_batch_size]))
 
             # 3. One synchronisation of the gradients, one clipped update.
-            stopping = lora.average_gradients(run.parameters, stop.requested)
+            ending = run.average_gradients(parts, stop.requested, rank)
             entry["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.parameters, opts.max_grad_norm)
             run.update()
 
             if log:
                 progress.update()
                 log.add(step, entry, time.perf_counter() - started, run.lr, progress)
-                if run.step % opts.checkpointing_steps == 0 or stopping or run.step == max_steps:
+                if run.step % opts.checkpointing_steps == 0 or ending or run.step == max_steps:
                     run.save(opts.checkpoints_total_limit)
-                if run.step == max_steps or (opts.validation_steps and run.step % opts.validation_steps == 0):
+                if opts.validation_steps and run.step % opts.validation_steps == 0 and run.step < max_steps:
                     show(model, noise_scheduler, held_out, run.step, log, accelerator, opts)
-            if stopping:
+            if ending:
                 return stop.exit_code
+    if log:
+        show(model, noise_scheduler, held_out, max_steps, log, accelerator, opts)
     return 0
 
 
@@ -182,7 +184,7 @@ def main() -> int:
     opts = options.parse(MedArtOptions, __doc__)
     asked = opts.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype, remark = pretrained.pick_dtype(asked, pretrained.pick_device())
-    checkpoint.end_with_launcher()
+    stopping.end_with_launcher()
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while the first one samples
     accelerator = Accelerator(mixed_precision="bf16" if dtype is torch.bfloat16 else "no", kwargs_handlers=[waiting])
     folder, say, first = Path(opts.output_dir), accelerator.print, accelerator.is_main_process
@@ -196,10 +198,10 @@ def main() -> int:
     }
     with accelerator.main_process_first():
         examples, held_out = read_data(opts, show_progress=first)
-        resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, options.FREE_ON_RESUME)
-    say(f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}")
-    if remark:
-        say(remark)
+        free = options.FREE_ON_RESUME
+        resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, free, first)
+    first_line = f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}"
+    say("\n".join(filter(None, (first_line, remark))))
 
     model = build_model(opts, dtype, accelerator.device)
     size = options.image_sides(opts.resolution or model.image_size)
@@ -221,15 +223,16 @@ def main() -> int:
     )
 
     prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
-    log = RunLog(folder, opts, prompts, run.step) if first else None
-    code = train(opts, accelerator, run, dataset, held_out, max_steps, log)
-    if log and not code:
-        run.save_adapters(folder)
-        log.model_card(settings, run.step)
-        checkpoint.finish(folder, run.step, prompts)
-        say(f"finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora {folder}")
-    elif log:
-        say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
+    with checkpoint.disk_faults(folder):
+        log = RunLog(folder, opts, prompts, run.step) if first else None
+        code = train(opts, accelerator, run, dataset, held_out, max_steps, log)
+        if log and not code:
+            run.save_adapters(folder)
+            log.model_card(settings, run.step)
+            checkpoint.finish(folder, run.step, prompts)
+            say(f"finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora {folder}")
+        elif log:
+            say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
     accelerator.end_training()
     return code
 

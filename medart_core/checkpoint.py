@@ -1,72 +1,24 @@
-"""The folder of a run: what may start or go on in it, checkpoints that are whole or absent, and orderly stops."""
+"""The folder of a run: what may start or go on in it, and checkpoints that are whole or absent."""
 
 import contextlib
-import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
-import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from medart_core.errors import UserError
 
-OPTIONS, FINISHED, MANIFEST = "options.json", "finished.json", "manifest.json"
+OPTIONS, FINISHED, MANIFEST, LOCK = "options.json", "finished.json", "manifest.json", ".lock"
 TEMPORARY = ".unfinished-"
 REPLACED = ".replaced-"
 PREFIX = "checkpoint-"
+DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 GROWING = ("max_train_steps", "num_train_epochs")  # a resumed run may be longer than the first, never shorter
-
-
-# --- Trees of tensors: nested dicts and lists as one safetensors file beside a JSON skeleton ---
-
-
-def save_tree(path: Path, tree: Any) -> None:
-    """Write `<path>.safetensors` and `<path>.json`; the tree holds dicts, lists, tuples, tensors and JSON scalars."""
-    import torch
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {}
-
-    def skeleton(node: Any) -> Any:
-        if isinstance(node, torch.Tensor):
-            tensors[str(len(tensors))] = node.detach().cpu().clone(memory_format=torch.contiguous_format)
-            return {"tensor": str(len(tensors) - 1)}
-        if isinstance(node, Mapping):  # as pairs: JSON would turn the optimiser's integer keys into strings
-            return {"dict": [[key, skeleton(value)] for key, value in node.items()]}
-        if isinstance(node, list | tuple):
-            return {type(node).__name__: [skeleton(value) for value in node]}
-        if node is None or isinstance(node, bool | int | float | str):
-            return node
-        raise TypeError(f"cannot save a {type(node).__name__} in a checkpoint")
-
-    text = json.dumps(skeleton(tree))
-    save_file(tensors, path.with_suffix(".safetensors"))
-    path.with_suffix(".json").write_text(text)
-
-
-def load_tree(path: Path) -> Any:
-    """Read back what `save_tree` wrote, bit for bit, on the CPU."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path.with_suffix(".safetensors"))
-
-    def grow(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        [(kind, content)] = node.items()
-        if kind == "tensor":
-            return tensors[content]
-        if kind == "dict":
-            return {key: grow(value) for key, value in content}
-        return (tuple if kind == "tuple" else list)(grow(value) for value in content)
-
-    return grow(json.loads(path.with_suffix(".json").read_text()))
 
 
 # --- Publishing: a checkpoint appears by rename, when all of it is on the disk ---
@@ -107,7 +59,22 @@ def publish(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     clear_leftovers(run_dir)
     work, target, replaced = run_dir / f"{TEMPORARY}{name}", run_dir / name, run_dir / f"{REPLACED}{name}"
     work.mkdir(parents=True)
-    write(work)
+    try:
+        write(work)
+        _seal(work)
+    except Exception:
+        shutil.rmtree(work, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
+        raise
+    if target.exists():
+        target.rename(replaced)
+    work.rename(target)
+    _sync(run_dir)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return target
+
+
+def _seal(work: Path) -> None:
+    """Bring all files of a folder to the disk and list them, with their sums, in its manifest."""
     written = sorted(work.rglob("*"))
     files = [path for path in written if path.is_file()]
     manifest = {
@@ -117,12 +84,22 @@ def publish(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
         _sync(path)
     write_json(work / MANIFEST, manifest)
     _sync(work)
-    if target.exists():
-        target.rename(replaced)
-    work.rename(target)
-    _sync(run_dir)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return target
+
+
+@contextlib.contextmanager
+def disk_faults(run_dir: Path) -> Iterator[None]:
+    """Turn a disk that takes no more (full, over quota, read-only, ...) into a UserError of one line."""
+    from safetensors import SafetensorError  # of a failed write it keeps the text only
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
+            raise
+        raise UserError(
+            f"cannot write in {run_dir} ({error}); its checkpoints are intact: free some space or the folder's "
+            "permissions, and run the same command again"
+        ) from error
 
 
 def verify(folder: Path) -> None:
@@ -131,10 +108,10 @@ def verify(folder: Path) -> None:
         manifest = json.loads((folder / MANIFEST).read_text())
         facts = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} has no readable {MANIFEST}; use another checkpoint") from error
+        raise UserError(f"{folder} has no readable {MANIFEST}") from error
     for path, size, sha256 in facts:
         if not path.is_file() or path.stat().st_size != size or _sha256(path) != sha256:
-            raise UserError(f"{path} is missing or damaged; use another checkpoint")
+            raise UserError(f"{path} is missing or damaged")
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -143,14 +120,15 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(step), path) for step, path in found if step.isdigit())
 
 
-def latest(run_dir: Path) -> Path | None:
-    """The newest checkpoint that is whole; a damaged one is named and passed over."""
+def latest(run_dir: Path, warn: bool = True) -> Path | None:
+    """The newest checkpoint that is whole; a damaged one is passed over, and with `warn` named."""
     for _, path in reversed(checkpoints(run_dir)):
         try:
             verify(path)
             return path
         except UserError as error:
-            print(f"warning: {error}", file=sys.stderr, flush=True)
+            if warn:
+                print(f"warning: {error}: this checkpoint is passed over", file=sys.stderr, flush=True)
     return None
 
 
@@ -174,12 +152,14 @@ def finish(run_dir: Path, step: int, prompts: list[str]) -> None:
 
 
 def resume_decision(
-    run_dir: Path, options: Mapping[str, Any], resume_from: str | None, free: frozenset[str]
+    run_dir: Path, options: Mapping[str, Any], resume_from: str | None, free: frozenset[str], owner: bool = True
 ) -> Path | None:
     """Decide what a command does in `run_dir`: the checkpoint to go on from, or None for a fresh start.
 
     `options` are kept in options.json. The same command resumes; options in `free` may change, the length of the run
-    may grow. Raises UserError for a folder that holds something else, a run with other options or a finished run.
+    may grow. Of several processes one is the `owner`, who locks and writes, and whom the others follow. Raises
+    UserError for a folder that holds something else, a run with other options, a finished run, a run that another
+    trainer works on, or only damaged checkpoints.
     """
     options = json.loads(json.dumps(dict(options)))  # as they will be read back: a tuple becomes a list
     if run_dir.exists() and not run_dir.is_dir():
@@ -187,24 +167,59 @@ def resume_decision(
     if (run_dir / OPTIONS).exists():
         _check_same(run_dir, options, free)
         _check_length(run_dir, options)
-        clear_leftovers(run_dir)
     elif run_dir.exists():
-        foreign = sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(TEMPORARY))
+        ours = (TEMPORARY, LOCK)
+        foreign = sorted(path.name for path in run_dir.iterdir() if not path.name.startswith(ours))
         if foreign:
             raise UserError(f"{run_dir} holds other things ({foreign[0]}, ...); choose an empty --output_dir")
-    if resume_from in (None, "latest"):
-        chosen = latest(run_dir)
-        if chosen is None and resume_from:
-            raise UserError(f"no whole checkpoint in {run_dir} to resume from; leave --resume_from_checkpoint out")
-    else:
-        chosen = Path(resume_from)
-        verify(chosen)
-        if (chosen.parent / OPTIONS).exists():
-            _check_same(chosen.parent, options, free)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_json(run_dir / OPTIONS, options)
-    (run_dir / FINISHED).unlink(missing_ok=True)
+    asked = None if resume_from in (None, "latest") else Path(resume_from)
+    if asked:
+        _check_whole(asked)
+        if (asked.parent / OPTIONS).exists():
+            _check_same(asked.parent, options, free)
+    elif resume_from and not run_dir.exists():
+        raise UserError(f"no checkpoint in {run_dir} to resume from; leave --resume_from_checkpoint out")
+    if owner:
+        _take(run_dir)
+        clear_leftovers(run_dir)
+    chosen = asked or latest(run_dir, warn=owner)
+    if chosen is None and (resume_from or checkpoints(run_dir)):
+        raise UserError(f"no whole checkpoint in {run_dir} to resume from; choose another --output_dir to start anew")
+    if owner:
+        with disk_faults(run_dir):
+            write_json(run_dir / OPTIONS, options)
+            (run_dir / FINISHED).unlink(missing_ok=True)
     return chosen
+
+
+def _check_whole(folder: Path) -> None:
+    """Refuse a damaged checkpoint that was asked for by name, and name the newest whole one beside it."""
+    try:
+        verify(folder)
+    except UserError as error:
+        other = latest(folder.parent, warn=False)
+        advice = f"--resume_from_checkpoint={other} is whole" if other else "no checkpoint beside it is whole either"
+        raise UserError(f"{error}; {advice}") from error
+
+
+def _take(run_dir: Path) -> None:
+    """Make `run_dir`, for this process alone until it ends, however it ends. Raises UserError if another one has it.
+
+    A POSIX lock: forked loaders do not inherit it as they would flock's, and it holds across NFS.
+    """
+    import fcntl  # not on Windows, where sample.py shall still read a run
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT)  # never closed, for that would free the lock
+    except OSError as error:
+        raise UserError(f"cannot write in {run_dir} ({error}); choose another --output_dir") from error
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise UserError(f"another process trains in {run_dir}; end it, or choose another --output_dir") from error
+        print(f"warning: {run_dir} cannot be locked ({error}); start no second run in it", file=sys.stderr, flush=True)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -245,52 +260,3 @@ def _check_length(run_dir: Path, options: Mapping[str, Any]) -> None:
         raise UserError(
             f"{run_dir} holds a finished run of these options; choose another --output_dir, or raise --max_train_steps"
         )
-
-
-# --- Orderly stops ---
-
-
-class StopSignal:
-    """Turns SIGTERM and the first Ctrl-C into a request that the loop meets after the step at hand."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame) -> None:
-        if self.received == number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    @property
-    def requested(self) -> bool:
-        return self.received is not None
-
-    @property
-    def exit_code(self) -> int:
-        """128 plus the signal's number, as shells report it: 143 for SIGTERM."""
-        return 128 + (self.received or signal.SIGTERM)
-
-
-def end_with_launcher() -> None:
-    """Make a worker of accelerate or torchrun stop, as by SIGTERM, when its launcher is gone."""
-    if not any(name in os.environ for name in ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")):
-        return
-    launcher = os.getppid()
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG, see prctl(2)
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=watch, daemon=True).start()

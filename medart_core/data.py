@@ -189,6 +189,10 @@ class CaptionDataset(Dataset):
         """(3, H, W) float32 in [-1, 1]."""
         return self.transform(self.examples[key[1]].open(), generator(self.seed, CROP, *key))
 
+    def sources(self, batch: dict[str, Any]) -> list[Example]:
+        """What a batch was made of."""
+        return [self.examples[index] for _, index in batch["keys"]]
+
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         return {"pixel_values": self.pixel_values(key), "caption": self.examples[key[1]].caption, "key": key}
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from medart_core.data import CaptionDataset, collate
+from medart_core.data import CaptionDataset, Example, collate
 from medart_core.errors import UserError
 
 ENCODING_BATCH = 8
@@ -38,6 +38,10 @@ class LatentDataset(Dataset):
     def pixel_values(self, key: tuple[int, int]) -> Tensor:
         """The image itself, for the colour loss."""
         return self.images.pixel_values(key)
+
+    def sources(self, batch: dict) -> list[Example]:
+        """What a batch was made of."""
+        return self.images.sources(batch)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         index = key[1]

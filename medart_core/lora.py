@@ -113,20 +113,43 @@ def gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
 
 
-def average_gradients(parameters: Sequence[nn.Parameter], flag: bool = False) -> bool:
-    """Replace each gradient by its mean over the processes, in one message; returns whether any process raised `flag`.
+def fault(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor]) -> Tensor:
+    """What is not finite in this process, on the device: 0 nothing, i + 1 loss i as the first, -1 the gradient alone.
 
-    Done once per optimiser step and by hand, since DistributedDataParallel wants one forward for one backward: HLDF
-    has M forwards, and the micro-batches before it have backwards of their own.
+    A gradient whose norm overflows counts too: clipping would make zeros of it.
     """
+    bad = ~torch.stack(list(losses)).isfinite()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return torch.where(bad.any(), bad.int().argmax() + 1, -(~norm.isfinite()).int())
+
+
+def average_gradients(
+    parameters: Sequence[nn.Parameter], losses: Sequence[Tensor], flag: bool = False
+) -> tuple[bool, list[int]]:
+    """Replace each gradient by its mean over the processes, in one message that carries two more words of each.
+
+    Returns whether any process raised `flag`, and every process's `fault`, the same everywhere: all of them stop, or
+    none. Done once per optimiser step and by hand, since DistributedDataParallel wants one forward for one backward:
+    HLDF has M forwards, and the micro-batches before it have backwards of their own.
+
+    Reading the faults is the one wait for the device in a step. It has to be: an update with a NaN cannot be undone,
+    and 8-bit Adam has no switch on the device that leaves one out. Of the host's lead it costs the launches of the
+    optimiser and of the next batch; the forward and backward passes are queued without a wait.
+    """
+    mine = fault(parameters, losses)
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag
-    message = torch.cat([gradients(parameters), torch.tensor([float(flag)], device=parameters[0].device)])
+        return flag, [int(mine.item())]
+    rank, num_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    words = torch.zeros(1 + num_processes, device=mine.device)
+    words[0], words[1 + rank] = float(flag), mine
+    message = torch.cat([gradients(parameters), words])
     torch.distributed.all_reduce(message)
-    chunks = message[:-1].div_(torch.distributed.get_world_size()).split([p.numel() for p in parameters])
+    average, words = message.split([len(message) - len(words), len(words)])
+    chunks = average.div_(num_processes).split([p.numel() for p in parameters])
     for parameter, chunk in zip(parameters, chunks, strict=True):
         parameter.grad = chunk.view_as(parameter).to(parameter.dtype)
-    return message[-1].item() > 0
+    flags, *faults = words.tolist()
+    return flags > 0, [int(word) for word in faults]
 
 
 def save(model: nn.Module, folder: Path) -> None:

@@ -1,13 +1,21 @@
 """The state of a training run: what changes from step to step, and how it is kept and taken up again."""
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from medart_core import checkpoint, lora, lora_file
+from medart_core import checkpoint, lora, lora_file, trees
+from medart_core.data import Example
+from medart_core.errors import UserError
 from medart_core.pretrained import PixArt
+
+SHOWN_IMAGES = 4  # in one line of an error
+
+Part = tuple[str, torch.Tensor, list[Example]]  # of a step's loss: its name, its value, the images it was computed on
 
 
 def adamw(
@@ -39,6 +47,34 @@ class Run:
         """The learning rate of the last step (the transformer's, where T5 has its own)."""
         return float(self.lr_scheduler.get_last_lr()[0])
 
+    def average_gradients(self, parts: Sequence[Part], stop: bool, rank: int) -> bool:
+        """`lora.average_gradients`; returns whether any process wants to stop.
+
+        Where a loss or gradient of any process is not finite, all of them end before the update: the first one at
+        fault raises a UserError that names the step, the loss and its images, the others exit with the same code.
+        """
+        stopping, faults = lora.average_gradients(self.parameters, [loss for _, loss, _ in parts], stop)
+        if any(faults):
+            if any(faults[:rank]) or not faults[rank]:
+                raise SystemExit(2)
+            self._refuse(faults[rank], parts, rank)
+        return stopping
+
+    def _refuse(self, fault: int, parts: Sequence[Part], rank: int) -> NoReturn:
+        if fault > 0:
+            name, _, images = parts[fault - 1]
+        else:
+            name, images = "gradient", [image for _, _, images in parts for image in images]
+        shown = [f"{image.place} ({textwrap.shorten(image.caption, 60)!r})" for image in dict.fromkeys(images)]
+        if len(shown) > SHOWN_IMAGES:
+            shown[SHOWN_IMAGES:] = [f"{len(shown) - SHOWN_IMAGES} more"]
+        saved = checkpoint.checkpoints(self.folder)
+        kept = f"{saved[-1][1]} is intact" if saved else "there is no checkpoint yet"
+        raise UserError(
+            f"step {self.step}, process {rank}: the {name} is not finite, from {', '.join(shown)}; "
+            f"nothing was updated, {kept}: look at these images, or train anew with a lower --learning_rate"
+        )
+
     def update(self) -> None:
         """One optimiser step on the gradients that are there."""
         self.optimizer.step()
@@ -57,7 +93,7 @@ class Run:
         }
 
         def write(folder: Path) -> None:
-            checkpoint.save_tree(folder / "state", state)
+            trees.save_tree(folder / "state", state)
             self.save_folders(folder)
 
         published = checkpoint.publish(self.folder, f"checkpoint-{self.step}", write)
@@ -65,7 +101,7 @@ class Run:
 
     def resume(self, folder: Path) -> None:
         """Go on from a published checkpoint."""
-        state = checkpoint.load_tree(folder / "state")
+        state = trees.load_tree(folder / "state")
         lora.load_adapter_state(self.model.transformer, state["transformer"])
         lora.load_adapter_state(self.model.text_encoder, state["text_encoder"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -1,7 +1,7 @@
-"""The run folder: exact round trips, checkpoints that are whole or absent, resume rules, orderly stops."""
+"""The run folder: exact round trips, checkpoints that are whole or absent, resume rules, full disks."""
 
+import errno
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from medart_core import checkpoint
-from medart_core.checkpoint import FINISHED, OPTIONS, StopSignal
+from medart_core import checkpoint, trees
+from medart_core.checkpoint import FINISHED, LOCK, OPTIONS
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,8 +20,8 @@ OPTS = {"lr": 0.1, "betas": (0.9, 0.999), "max_train_steps": 10, "num_train_epoc
 
 
 def round_trip(folder: Path, tree):
-    checkpoint.save_tree(folder / "tree", tree)
-    return checkpoint.load_tree(folder / "tree")
+    trees.save_tree(folder / "tree", tree)
+    return trees.load_tree(folder / "tree")
 
 
 def assert_same(one, other) -> None:
@@ -85,7 +85,7 @@ def test_trees_come_back_bit_for_bit(tmp_path: Path) -> None:
 
 def test_what_a_tree_cannot_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="set"):
-        checkpoint.save_tree(tmp_path / "tree", {"a": {1, 2}})
+        trees.save_tree(tmp_path / "tree", {"a": {1, 2}})
 
 
 def adamw8bit(parameters):
@@ -148,7 +148,7 @@ def test_damage_is_named_and_the_older_checkpoint_used(tmp_path: Path, damage: s
         file.unlink()
     else:
         file.write_text({"flip": "whale", "cut": "who"}[damage])
-    with pytest.raises(UserError, match=r"checkpoint-10.data is missing or damaged; use another"):
+    with pytest.raises(UserError, match=r"checkpoint-10.data is missing or damaged$"):
         checkpoint.verify(file.parent)
     assert checkpoint.latest(tmp_path) == tmp_path / "checkpoint-5"
     assert capsys.readouterr().err.count("\n") == 1
@@ -186,6 +186,7 @@ def test_an_error_while_writing_publishes_nothing(tmp_path: Path) -> None:
         checkpoint.publish(tmp_path, "checkpoint-5", write)
     checkpoint.verify(tmp_path / "checkpoint-5")
     assert (tmp_path / "checkpoint-5" / "data").read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 KILLED = """
@@ -225,7 +226,7 @@ def test_a_kill_while_publishing_leaves_the_older_checkpoint(tmp_path: Path, mom
     assert list(tmp_path.glob(f"{checkpoint.TEMPORARY}*"))
     assert checkpoint.resume_decision(tmp_path, OPTS, None, FREE) == tmp_path / "checkpoint-10"
     assert (tmp_path / "checkpoint-10" / "data").read_text() == "old"
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-5", OPTIONS]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [LOCK, "checkpoint-10", "checkpoint-5", OPTIONS]
 
 
 def test_prune_keeps_the_newest(tmp_path: Path) -> None:
@@ -334,7 +335,7 @@ def test_unreadable_options_are_a_users_error(tmp_path: Path, text: str) -> None
 def test_a_kill_while_the_options_were_written_is_a_fresh_start(tmp_path: Path) -> None:
     (tmp_path / f"{checkpoint.TEMPORARY}{OPTIONS}").write_text("{")
     assert checkpoint.resume_decision(tmp_path, OPTS, None, FREE) is None
-    assert [entry.name for entry in tmp_path.iterdir()] == [OPTIONS]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [LOCK, OPTIONS]
 
 
 def test_an_explicit_checkpoint_is_honoured_or_refused(tmp_path: Path) -> None:
@@ -342,7 +343,7 @@ def test_an_explicit_checkpoint_is_honoured_or_refused(tmp_path: Path) -> None:
     start(run)
     old = put(run, 5)
     assert checkpoint.resume_decision(run, OPTS, str(old), FREE) == old
-    with pytest.raises(UserError, match="no whole checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint in"):
         checkpoint.resume_decision(fresh, OPTS, "latest", FREE)
     with pytest.raises(UserError, match="nowhere"):
         checkpoint.resume_decision(fresh, OPTS, str(tmp_path / "nowhere"), FREE)
@@ -352,59 +353,119 @@ def test_an_explicit_checkpoint_is_honoured_or_refused(tmp_path: Path) -> None:
     assert checkpoint.resume_decision(fresh, OPTS, str(old), FREE) == old
 
 
-# --- signals ---
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_never_resumed_and_the_one_before_it_is_offered(
+    tmp_path: Path, damage, capsys
+) -> None:
+    start(tmp_path)
+    file = put(tmp_path, 20, "weights") / "data"
+    if damage == "remove":
+        file.unlink()
+    else:
+        file.write_bytes({"flip": b"weighus", "cut": b"weigh"}[damage])  # t and u differ by one bit
+    longer = OPTS | {"max_train_steps": 30}
+    with pytest.raises(
+        UserError, match=r"checkpoint-20.data is .* --resume_from_checkpoint=\S+checkpoint-10 is whole"
+    ):
+        checkpoint.resume_decision(tmp_path, longer, str(file.parent), FREE)
+    assert not capsys.readouterr().err
+    assert checkpoint.resume_decision(tmp_path, longer, None, FREE) == tmp_path / "checkpoint-10"
+    [warning] = capsys.readouterr().err.splitlines()
+    assert "checkpoint-20/data is missing or damaged" in warning and "passed over" in warning
+    assert checkpoint.resume_decision(tmp_path, longer, None, FREE, owner=False) == tmp_path / "checkpoint-10"
+    assert not capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_is_a_request(number: signal.Signals, code: int) -> None:
-    handler = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert not stop.requested
-        os.kill(os.getpid(), number)
-        assert stop.requested
-        assert stop.exit_code == code
-    assert signal.getsignal(number) is handler
+def test_a_run_with_damaged_checkpoints_only_is_not_begun_anew(tmp_path: Path) -> None:
+    start(tmp_path)
+    (tmp_path / "checkpoint-10" / "data").unlink()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        checkpoint.resume_decision(tmp_path, OPTS, None, FREE)
+    with pytest.raises(UserError, match="no checkpoint beside it is whole either"):
+        checkpoint.resume_decision(tmp_path, OPTS, str(tmp_path / "checkpoint-10"), FREE)
 
 
-def test_a_second_interrupt_does_not_wait() -> None:
-    with pytest.raises(KeyboardInterrupt), StopSignal():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+# --- one trainer in a folder, and a disk that takes it ---
 
 
-WORKER = """
-import os, sys, time
+TRAINER = """
+import sys, time
+from pathlib import Path
 from medart_core import checkpoint
-sys.platform = sys.argv[2]
-checkpoint.end_with_launcher()
-os.write(int(sys.argv[1]), b"%d\\n" % os.getpid())
+
+checkpoint.resume_decision(Path(sys.argv[1]), {}, None, frozenset())
+print("in", flush=True)
 time.sleep(60)
 """
-LAUNCHER = """
-import subprocess, sys
-pipe = int(sys.argv[1])
-subprocess.run([sys.executable, "-c", sys.argv[3], *sys.argv[1:3]], pass_fds=[pipe])
+
+
+def test_a_folder_has_one_trainer_until_that_one_ends(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", TRAINER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout and child.stdout.readline() == "in\n"
+        (tmp_path / f"{checkpoint.TEMPORARY}checkpoint-5").mkdir()
+        with pytest.raises(UserError, match=r"^another process trains in .*; end it, or choose another --output_dir$"):
+            checkpoint.resume_decision(tmp_path, {}, None, frozenset())
+        assert list(tmp_path.glob(f"{checkpoint.TEMPORARY}*"))  # the first one's work is not swept away
+        child.kill()
+    assert checkpoint.resume_decision(tmp_path, {}, None, frozenset()) is None
+    assert not list(tmp_path.glob(f"{checkpoint.TEMPORARY}*"))
+
+
+def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write in .*file/run .*choose another --output_dir"):
+        checkpoint.resume_decision(tmp_path / "file" / "run", OPTS, None, FREE)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_read_only_folder_is_a_users_error(tmp_path: Path, monkeypatch, number: int) -> None:
+    """By a lock file that cannot be opened: modes do not keep root out."""
+    start(tmp_path)
+
+    def refuse(path, *_):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=rf"cannot write in .*{os.strerror(number)}.*choose another") as caught:
+        checkpoint.resume_decision(tmp_path, OPTS, None, FREE)
+    assert "\n" not in str(caught.value)
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+import torch
+from medart_core import checkpoint, trees
+from medart_core.errors import exit_codes
+
+folder = Path(sys.argv[1])
+
+def write(path):
+    if sys.argv[2] == "tree":
+        trees.save_tree(path / "state", {"weights": torch.zeros(100_000)})
+    else:
+        (path / "data").write_bytes(bytes(400_000))
+
+with exit_codes(), checkpoint.disk_faults(folder):
+    checkpoint.publish(folder, "checkpoint-5", write)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    checkpoint.publish(folder, "checkpoint-10", write)
 """
 
 
-@pytest.mark.parametrize(
-    ("launched", "platform", "ends"),
-    [(True, "linux", True), (True, "other", True), (False, "linux", False)],
-    ids=["linux", "elsewhere", "not launched"],
-)
-def test_a_worker_ends_with_its_launcher_and_a_plain_process_does_not(launched, platform, ends) -> None:
-    marks = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
-    env = {name: value for name, value in os.environ.items() if name not in marks}
-    env |= {"LOCAL_RANK": "0"} if launched else {}
-    reading, writing = os.pipe()
-    command = [sys.executable, "-c", LAUNCHER, str(writing), platform, WORKER]
-    launcher = subprocess.Popen(command, pass_fds=[writing], env=env, cwd=ROOT)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        worker = int(pipe.readline())
-        launcher.kill()
-        launcher.wait()
-        closed, _, _ = select.select([pipe], [], [], 5 if ends else 2)  # readable at its end: all its writers are gone
-        if not closed:
-            os.kill(worker, signal.SIGKILL)
-    assert bool(closed) == ends
+@pytest.mark.parametrize("kind", ["tree", "bytes"])
+def test_a_full_disk_is_one_line_and_leaves_what_was_published(tmp_path: Path, kind: str) -> None:
+    """A limit on the size of files stands in for it, for that needs no disk of its own."""
+    done = subprocess.run([sys.executable, "-c", FULL, str(tmp_path), kind], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: cannot write in {tmp_path} (") and "File too large" in line and "intact" in line
+    checkpoint.verify(tmp_path / "checkpoint-5")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), checkpoint.disk_faults(tmp_path):
+        (tmp_path / "gone").read_text()

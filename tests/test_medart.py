@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import medart
-from medart_core import checkpoint, lora, options, pretrained
+from medart_core import checkpoint, lora, options, pretrained, trees
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +131,7 @@ def test_sigterm_to_the_launcher_publishes_a_checkpoint_and_leaves_no_worker(fla
 
 def first_moments(folder: Path) -> torch.Tensor:
     """Adam's first moments after one step: a tenth of the (clipped) gradient."""
-    state = checkpoint.load_tree(folder / "checkpoint-1" / "state")["optimizer"]["state"]
+    state = trees.load_tree(folder / "checkpoint-1" / "state")["optimizer"]["state"]
     return torch.cat([state[index]["exp_avg"].flatten() for index in sorted(state)])
 
 
@@ -241,7 +241,7 @@ def test_each_part_has_its_learning_rate_and_scale_lr_multiplies_both(run, flags
     for name, extra in (("plain", []), ("scaled", ["--scale_lr", "--gradient_accumulation_steps=2"])):
         out = tmp_path / name
         run(*flags, "--max_train_steps=1", "--no_hldf", "--text_encoder_lr=1e-3", *extra, f"--output_dir={out}")
-        groups = checkpoint.load_tree(out / "checkpoint-1" / "state")["optimizer"]["param_groups"]
+        groups = trees.load_tree(out / "checkpoint-1" / "state")["optimizer"]["param_groups"]
         rates[name] = [group["initial_lr"] for group in groups]
     assert rates["plain"] == pytest.approx([1e-2, 1e-3])
     assert rates["scaled"] == pytest.approx([4e-2, 4e-3])
