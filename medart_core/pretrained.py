@@ -1,6 +1,7 @@
 """Every `from_pretrained` of PixArt's parts, their precision, and the bundled default model."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
 from transformers import AutoTokenizer, T5EncoderModel
 
+from medart_core import quantization
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,15 +71,29 @@ def pick_dtype(mixed_precision: str, device: torch.device) -> tuple[torch.dtype,
     return torch.float32, f"bf16 is not native on this {device.type} device: computing in fp32"
 
 
-def load(name: str | Path | None, dtype: torch.dtype, device: torch.device, revision=None, variant=None) -> PixArt:
+def find(name: str | Path | None) -> str:
+    """The folder of a model, or its hub id; `None` is the bundled nano model, folders may be named from the root."""
+    path = str(NANO if name is None else name)
+    return str(ROOT / path) if not Path(path).is_dir() and (ROOT / path).is_dir() else path
+
+
+def load(
+    name: str | Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    revision: str | None = None,
+    variant: str | None = None,
+    text_encoder_quantization: str | None = None,
+) -> PixArt:
     """Load a PixArt-alpha pipeline's parts from a folder or a hub id; `None` is the bundled nano model.
+
+    Files are mapped into memory and tensors converted one by one, so that no model is held twice.
+    `text_encoder_quantization` is `int8`, `nf4` or None.
 
     Raises:
         UserError: if a part is missing or cannot be fetched.
     """
-    path = str(NANO if name is None else name)
-    if not Path(path).is_dir() and (ROOT / path).is_dir():
-        path = str(ROOT / path)
+    path = find(name)
     where = {"revision": revision} if revision else {}
     weights = {**where, "variant": variant, "use_safetensors": None} if variant else where
     if Path(path).is_dir() and (missing := [part for part in PARTS if not (Path(path) / part).is_dir()]):
@@ -87,7 +103,7 @@ def load(name: str | Path | None, dtype: torch.dtype, device: torch.device, revi
     try:
         parts = PixArt(
             tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **where),
-            text_encoder=T5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **weights),
+            text_encoder=_load_text_encoder(path, dtype, device, text_encoder_quantization, **weights),
             vae=AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **weights),
             transformer=PixArtTransformer2DModel.from_pretrained(
                 path, subfolder="transformer", torch_dtype=dtype, **weights
@@ -101,9 +117,25 @@ def load(name: str | Path | None, dtype: torch.dtype, device: torch.device, revi
             f"cannot load {path}: {first_line} Download it where there is a network "
             f"(hf download {path}) and give the folder, or set HF_HOME to a cache that has it"
         ) from error
+    for part in (parts.vae, parts.transformer):
+        part.to(device)
     for part in (parts.text_encoder, parts.vae, parts.transformer):
-        part.requires_grad_(False).eval().to(device)
+        part.requires_grad_(False).eval()
     return parts
+
+
+def _load_text_encoder(path: str, dtype: torch.dtype, device: torch.device, quantize: str | None, **where):
+    """T5, each tensor straight to `device`: what is packed there cannot be moved, and 19 GB should not be."""
+    load_to_device = partial(
+        T5EncoderModel.from_pretrained,
+        path, subfolder="text_encoder", dtype=dtype, device_map={"": str(device)}, **where,
+    )  # fmt: skip
+    if quantize is None:
+        return load_to_device()
+    with quantization.every_layer():
+        text_encoder = load_to_device(quantization_config=quantization.config(quantize, dtype))
+    quantization.finish(text_encoder, quantize)
+    return text_encoder
 
 
 def enable_gradient_checkpointing(model: PixArt) -> None:
