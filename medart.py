@@ -131,8 +131,8 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_
     stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
     loading = {"num_workers": opts.dataloader_num_workers, "worker_init_fn": stopping.leave_process_group}
     batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, **loading))
-    progress = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
-    with stopping.StopSignal(say=log is not None) as stop:
+    bar = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
+    with stopping.StopSignal(say=log is not None) as stop, bar as progress:
         for step in range(run.step, max_steps):
             started = time.perf_counter()
             # 1. Noise prediction: one backward per micro-batch.
