@@ -28,8 +28,18 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from diffusers_grad import decode_latents, sample_latents
-from medart_core import checkpoint, data, latents, lora, options, pretrained, stopping
-from medart_core.default_data import DEFAULT_DATA, held_out_folder, locate
+from medart_core import (
+    checkpoint,
+    compilation,
+    data,
+    full_size,
+    latents,
+    lora,
+    options,
+    pretrained,
+    stopping,
+    training_data,
+)  # fmt: skip
 from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
 from medart_core.objectives import color_distribution_loss, color_report
@@ -41,18 +51,29 @@ from medart_core.seeds import SharedDraws
 from medart_core.text import encode_with_negative
 
 NOISE, ROLLOUT = 1, 2  # names of the random streams
+LOSS_OPTIONS = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
+DATA_OPTIONS = (
+    "dataset_name", "validation_data_dir", "max_train_samples", "max_validation_samples",
+    "caption_column", "image_column", "revision", "cache_dir", "seed",
+)  # fmt: skip
 
 
 def build_model(opts: MedArtOptions, dtype: torch.dtype, device: torch.device) -> PixArt:
     """Frozen PixArt in the run's precision with trainable fp32 adapters; all dropout is off."""
-    model = pretrained.load(opts.pretrained_model_name_or_path, dtype, device, opts.revision, opts.variant)
-    if opts.gradient_checkpointing:
-        pretrained.enable_gradient_checkpointing(model)
+    quantize = opts.text_encoder_quantization
+    if opts.random_weights:
+        model = full_size.build_random(dtype, device, opts.seed, quantize)
+    else:
+        name = opts.pretrained_model_name_or_path
+        model = pretrained.load(name, dtype, device, opts.revision, opts.variant, quantize)
+    pretrained.set_gradient_checkpointing(model, opts.gradient_checkpointing)
     torch.manual_seed(opts.seed)  # the adapters' initialisation: equal on all processes
-    shape = (opts.rank, opts.lora_alpha, model.name)
+    shape = (opts.rank, opts.lora_alpha, model.name, opts.use_dora, opts.use_rslora)
     model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, *shape)
     if not opts.no_text_encoder_lora:
         model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, *shape)
+    if opts.compile:
+        compilation.enable(model)
     return model
 
 
@@ -68,10 +89,10 @@ def sample_with_gradient(model: PixArt, captions: list[str], size, draws: Shared
         guidance_scale=opts.hldf_guidance_scale,
         gradient=opts.hldf_gradient,
         k=opts.hldf_k,
-        checkpoint_steps=opts.gradient_checkpointing,
+        checkpoint_steps=opts.hldf_checkpointing == "nested",
         generator=draws.generator,
     )
-    return decode_latents(model.vae, sampled, checkpointing=opts.gradient_checkpointing)
+    return decode_latents(model.vae, sampled, checkpointing=opts.hldf_checkpointing == "nested")
 
 
 def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, parameters, accelerator, opts) -> dict:
@@ -82,12 +103,14 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     captions, keys = (batch[name][: opts.hldf_batch_size] for name in ("captions", "keys"))
     real = torch.stack([dataset.pixel_values(key) for key in keys]).to(model.vae.device)
     before = lora.gradients(parameters)
+    pretrained.set_gradient_checkpointing(model, opts.hldf_checkpointing != "none")
     with accelerator.autocast():
         generated = sample_with_gradient(model, captions, real.shape[-2:], draws, opts)
     loss = color_distribution_loss(generated, real)
     weight = 1 / opts.M_times if opts.color_loss_weight is None else opts.color_loss_weight
     if loss.requires_grad:
         (weight * loss).backward()
+    pretrained.set_gradient_checkpointing(model, opts.gradient_checkpointing)
     grad_norm = lora.gradients(parameters).sub_(before).norm()
     if weight and grad_norm == 0:
         raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
@@ -107,15 +130,14 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
     model, rank, num_processes = run.model, accelerator.process_index, accelerator.num_processes
     window, batch_size = opts.gradient_accumulation_steps, opts.train_batch_size
     noise_scheduler = DDPMScheduler.from_config(model.scheduler.config)
-    names = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
-    settings = {name: getattr(opts, name) for name in names}
+    settings = {name: getattr(opts, name) for name in LOSS_OPTIONS}
     stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
     loading = {"num_workers": opts.dataloader_num_workers, "worker_init_fn": stopping.leave_process_group}
     batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, **loading))
     if log and run.step == 0:
         show(model, noise_scheduler, held_out, 0, log, accelerator, opts)
-    progress = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
-    with stopping.StopSignal(say=log is not None) as stop:
+    bar = tqdm(initial=run.step, total=max_steps, desc="medart", disable=log is None)
+    with stopping.StopSignal(say=log is not None) as stop, bar as progress:
         for step in range(run.step, max_steps):
             started = time.perf_counter()
 
@@ -155,18 +177,6 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
     return 0
 
 
-def read_data(opts: MedArtOptions, show_progress: bool) -> tuple[list[data.Example], list[data.Example]]:
-    """Training and held-out examples, all images checked."""
-    where = locate(opts.dataset_name)
-    columns = opts.caption_column, opts.image_column, opts.revision, opts.cache_dir
-    checks = {"seed": opts.seed, "show_progress": show_progress}
-    examples = data.load_examples(where, *columns, max_samples=opts.max_train_samples, **checks)
-    folder = opts.validation_data_dir or held_out_folder(where)
-    if folder is None:
-        return examples, []
-    return examples, data.load_examples(str(folder), *columns, max_samples=opts.max_validation_samples, **checks)
-
-
 def build_run(opts: MedArtOptions, model: PixArt, images_per_step: int, max_steps: int) -> Run:
     """The adapters' optimiser with its schedule, at step 0."""
     rate = opts.learning_rate * (images_per_step if opts.scale_lr else 1)
@@ -191,13 +201,15 @@ def main() -> int:
 
     # The folder and the data are checked before any model loads.
     settings = asdict(opts) | {
-        "dataset_name": opts.dataset_name or DEFAULT_DATA,
+        "dataset_name": opts.dataset_name or training_data.DEFAULT_DATA,
         "pretrained_model_name_or_path": opts.pretrained_model_name_or_path or pretrained.NANO,
         "precision": str(dtype),
         "num_processes": accelerator.num_processes,
     }
     with accelerator.main_process_first():
-        examples, held_out = read_data(opts, show_progress=first)
+        examples, held_out = training_data.load(
+            **{name: getattr(opts, name) for name in DATA_OPTIONS}, show_progress=first
+        )
         free = options.FREE_ON_RESUME
         resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, free, first)
     first_line = f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}"

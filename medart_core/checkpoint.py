@@ -97,8 +97,8 @@ def disk_faults(run_dir: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
             raise
         raise UserError(
-            f"cannot write in {run_dir} ({error}); its checkpoints are intact: free some space or the folder's "
-            "permissions, and run the same command again"
+            f"cannot write in {run_dir} ({error}); its checkpoints are intact: make room or "
+            "restore its permissions, and run the same command again"
         ) from error
 
 

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from medart_core import lean_lora
 from medart_core.errors import UserError
 
 TRANSFORMER_FOLDER = "transformer_lora"
@@ -66,6 +67,7 @@ def attach(
     adapted.peft_config["default"].base_model_name_or_path = base
     if use_dora:
         _measure_magnitudes(adapted)
+    lean_lora.enable(adapted)
     return adapted  # type: ignore[return-value]
 
 
@@ -187,4 +189,6 @@ def load(model: nn.Module, folder: Path | None) -> nn.Module:
     """`model` with the adapters of `folder` in evaluation mode; without a folder, `model` itself."""
     if folder is None:
         return model
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()  # type: ignore[arg-type]
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()  # type: ignore[arg-type]
+    lean_lora.enable(adapted)
+    return adapted

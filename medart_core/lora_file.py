@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medart_core import lora
+from medart_core import lean_lora, lora
 from medart_core.errors import UserError
 from medart_core.pretrained import PARTS
 
@@ -173,6 +173,7 @@ def apply(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> None:
         for layer in model.modules():
             if isinstance(layer, BaseTunerLayer):
                 layer.scale_layer(scale)
+        lean_lora.enable(model)
         model.requires_grad_(False).eval()
 
 

@@ -14,6 +14,7 @@ from diffusers_grad import GRADIENT_MODES
 from medart_core.errors import UserError
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+QUANTIZATIONS = ("int8", "nf4")
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 CHECKPOINTING = ("none", "blocks", "nested")
 PATCH_PIXELS = 16  # PixArt's patches of 2 x 2 latents, each of 8 x 8 pixels
@@ -61,6 +62,14 @@ class MedArtOptions:
     )
     revision: str | None = option(None, "model", "revision of the model and of a data set on the hub")
     variant: str | None = option(None, "model", "file variant of the model's weights, such as fp16")
+    random_weights: bool = option(
+        False,
+        "model",
+        "the published model's exact shapes with random weights, to try and to measure",
+    )
+    text_encoder_quantization: str | None = option(
+        None, "model", "keep T5's frozen weights in 8 or 4 bits (bitsandbytes)", QUANTIZATIONS
+    )
 
     dataset_name: str | None = option(
         None, "data", "folder with images and metadata.csv, or hub id (default: dataset/chest-xray/train)"
@@ -132,6 +141,7 @@ class MedArtOptions:
         ("no", "bf16", "fp16"),
     )  # fmt: skip
     gradient_checkpointing: bool = option(False, "training", "recompute activations in the backward pass")
+    compile: bool = option(False, "training", "compile the blocks: minutes at the start, for long runs on a GPU")
     seed: int = option(0, "training", "of everything that is random")
 
     output_dir: str = option("medart", "output", "folder of the run, made when absent")
@@ -149,6 +159,10 @@ class MedArtOptions:
     )
     logging_steps: int = option(10, "output", "optimiser steps between entries of log.jsonl")
     report_to: str = option("tensorboard", "output", "tracker beside log.jsonl; all: both", TRACKERS)
+
+    def __post_init__(self) -> None:
+        if self.hldf_checkpointing is None:
+            self.hldf_checkpointing = "nested" if self.gradient_checkpointing else "none"
 
     def check(self) -> None:
         """Find values that cannot work. Raises UserError naming the flag, the value and the remedy."""
@@ -192,6 +206,8 @@ class MedArtOptions:
                 f"--hldf_batch_size {self.hldf_batch_size} is more than --train_batch_size {self.train_batch_size}; "
                 "the images of the colour loss are taken from the batch"
             )
+        if self.random_weights and self.pretrained_model_name_or_path:
+            raise UserError("--random_weights takes no --pretrained_model_name_or_path; leave one of them out")
         if self.hldf_k > self.M_times and self.hldf_gradient in ("last_k", "sparse"):
             raise UserError(f"--hldf_k {self.hldf_k} is more than --M_times {self.M_times}; give at most that")
 

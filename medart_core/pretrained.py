@@ -138,8 +138,13 @@ def _load_text_encoder(path: str, dtype: torch.dtype, device: torch.device, quan
     return text_encoder
 
 
-def enable_gradient_checkpointing(model: PixArt) -> None:
-    """Recompute the blocks of the transformer, of T5 and of the VAE decoder in the backward pass."""
+def set_gradient_checkpointing(model: PixArt, wanted: bool) -> None:
+    """Whether the blocks of the transformer, of T5 and of the VAE decoder are recomputed in the backward pass."""
+    if not wanted:
+        model.transformer.disable_gradient_checkpointing()
+        model.vae.disable_gradient_checkpointing()
+        model.text_encoder.eval().gradient_checkpointing_disable()
+        return
     model.transformer.enable_gradient_checkpointing()
     model.vae.enable_gradient_checkpointing()
     # transformers checkpoints in training mode only, so T5 is put there with every dropout at zero.

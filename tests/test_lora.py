@@ -74,8 +74,26 @@ def test_a_folder_without_adapters_is_named(tmp_path):
         lora.find(tmp_path)
 
 
-def test_average_gradients_alone_changes_nothing():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.tensor([1.0, 2.0, 3.0])
-    assert lora.average_gradients([parameter], flag=True) and not lora.average_gradients([parameter])
-    assert parameter.grad.tolist() == [1, 2, 3]
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("losses", "gradient", "fault"),
+    [
+        ([1.0], [1.0, 2.0], 0),
+        ([1.0, NAN, INF], [1.0, 2.0], 2),
+        ([1.0, -INF], [NAN, 2.0], 2),
+        ([1.0], [-INF, 2.0], -1),
+        ([1.0], [NAN, 2.0], -1),
+        ([1.0], [3e38, 3e38], -1),  # finite, but not its norm
+        ([1.0], None, 0),
+    ],
+)
+def test_average_gradients_alone_changes_nothing_and_names_what_is_not_finite(losses, gradient, fault):
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = None if gradient is None else torch.tensor(gradient)
+    values = [torch.tensor(loss) for loss in losses]
+    assert lora.average_gradients([parameter], values, flag=True) == (True, [fault])
+    assert lora.average_gradients([parameter], values) == (False, [fault])
+    if gradient is not None:
+        torch.testing.assert_close(parameter.grad, torch.tensor(gradient), rtol=0, atol=0, equal_nan=True)

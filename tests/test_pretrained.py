@@ -146,7 +146,7 @@ def test_adapters_on_a_quantised_t5_are_fp32_and_learn(quantized):
     torch.manual_seed(0)
     adapted = lora.attach(quantized.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=4)
     model = pretrained.PixArt(quantized.tokenizer, adapted, quantized.vae, quantized.transformer, None, "quantised")
-    pretrained.enable_gradient_checkpointing(model)
+    pretrained.set_gradient_checkpointing(model, True)
     parameters = list(lora.trainable_parameters(adapted))
     assert len(lora.adapted_modules(adapted)) == 21 and {p.dtype for p in parameters} == {torch.float32}
     optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_runs import medart_exit_codes
 
+from medart_core import checkpoint
+from medart_core.data import CaptionDataset, ImageTransform, ShuffledBatches, load_examples
 from medart_core.stopping import LAUNCHED, StopSignal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,3 +96,81 @@ def test_a_worker_ends_with_its_launcher_and_a_plain_process_does_not(launched, 
         if not closed:
             os.kill(worker, signal.SIGKILL)
     assert bool(closed) == ends
+
+
+# --- medart.py itself ---
+
+
+@pytest.fixture
+def flags(tiny_pixart, x_rays, tmp_path):
+    """Eight steps of two micro-batches with two images each, a checkpoint after every one, HLDF at every third."""
+    return [
+        f"--pretrained_model_name_or_path={tiny_pixart}", f"--dataset_name={x_rays}", "--resolution=32", "--rank=2",
+        f"--output_dir={tmp_path / 'out'}", "--train_batch_size=2", "--gradient_accumulation_steps=2", "--N_steps=3",
+        "--M_times=2", "--max_train_steps=8", "--checkpointing_steps=1", "--num_validation_images=1",
+        "--validation_prompt=a chest", "--report_to=none", "--logging_steps=1",
+    ]  # fmt: skip
+
+
+def steps(folder: Path) -> list[int]:
+    """Of the checkpoints, all of them whole."""
+    found = checkpoint.checkpoints(folder)
+    for _, path in found:
+        checkpoint.verify(path)
+    return [step for step, _ in found]
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_saves_at_the_end_of_its_step(flags, tmp_path: Path, name: str, code: int) -> None:
+    arguments = [*flags, "--checkpointing_steps=500", "--dataloader_num_workers=1"]
+    assert medart_exit_codes(arguments, tmp_path / "log", disturbance=(name, 4)) == [code]
+    assert steps(tmp_path / "out") == [3]
+    said = (tmp_path / "log.0").read_text()
+    assert f"{name}: saving after this step; once more stops at once\n" in said and "stopped at step 3" in said
+
+
+def test_a_second_signal_does_not_save(flags, tmp_path: Path) -> None:
+    assert medart_exit_codes(flags, tmp_path / "log", disturbance=("SIGTERM SIGTERM", 4)) == [143]
+    assert steps(tmp_path / "out") == [1, 2]
+
+
+def images_of(x_rays: Path, batches: list[int], size: int = 2) -> list[str]:
+    """Paths of the images in some micro-batches of one process."""
+    dataset = CaptionDataset(load_examples(str(x_rays), show_progress=False), ImageTransform(32), 0)
+    stream = iter(ShuffledBatches(len(dataset), size, 0))
+    drawn = [next(stream) for _ in range(max(batches) + 1)]
+    return [dataset.examples[index].place for batch in batches for _, index in drawn[batch]]
+
+
+@pytest.mark.parametrize(
+    ("what", "micro_batch", "name", "batches"),
+    [
+        ("nan loss", 5, "noise loss", [5]),
+        ("inf gradient", 4, "gradient", [4, 5]),
+        ("nan colour loss", 6, "colour loss", [7]),
+    ],
+)
+def test_what_is_not_finite_stops_before_the_update(flags, tmp_path, x_rays, what, micro_batch, name, batches) -> None:
+    assert medart_exit_codes(flags, tmp_path / "log", disturbance=(what, micro_batch)) == [2]
+    said = (tmp_path / "log.0").read_text()
+    [line] = [line for line in said.splitlines() if line.startswith("error:")]
+    step = micro_batch // 2
+    assert f"error: step {step}, process 0: the {name} is not finite" in line and "Traceback" not in said
+    expected = images_of(x_rays, batches)[: 1 if name == "colour loss" else 4]
+    assert line.count("('A chest X-ray") == len(expected) and all(place in line for place in expected)
+    assert steps(tmp_path / "out") == list(range(1, step + 1)) and f"checkpoint-{step} is intact" in line
+
+
+def test_one_process_with_an_infinite_gradient_stops_all(flags, tmp_path: Path) -> None:
+    arguments = [*flags, "--train_batch_size=1"]
+    assert medart_exit_codes(arguments, tmp_path / "log", 2, ("inf gradient", 5), rank=1) == [2, 2]
+    said = [(tmp_path / f"log.{rank}").read_text() for rank in range(2)]
+    assert "error: step 2, process 1: the gradient is not finite" in said[1] and said[1].count("error:") == 1
+    assert "error" not in said[0].lower() and "Traceback" not in said[0] + said[1]
+    assert steps(tmp_path / "out") == [1, 2]
+
+
+def test_a_full_disk_ends_a_run_in_one_line(flags, tmp_path: Path) -> None:
+    assert medart_exit_codes(flags, tmp_path / "log", disturbance=("full disk", 4)) == [2]
+    assert steps(tmp_path / "out") == [1, 2]
+    assert not list((tmp_path / "out").glob(f"{checkpoint.TEMPORARY}*"))

@@ -1,9 +1,10 @@
-"""The data set that is used when none is named: chest X-rays, prepared when absent."""
+"""Which images a run trains on, and which it holds out; chest X-rays, prepared when absent, if none are named."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+from medart_core.data import Example, load_examples
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,3 +30,23 @@ def held_out_folder(dataset_name: str) -> Path | None:
     folder = Path(dataset_name).resolve().parent / "val"
     tables = ("metadata.csv", "metadata.jsonl")
     return folder if Path(dataset_name).is_dir() and any((folder / table).is_file() for table in tables) else None
+
+
+def load(
+    dataset_name: str | None,
+    validation_data_dir: str | None,
+    *,
+    max_train_samples: int | None,
+    max_validation_samples: int,
+    **reading,
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, every image checked; `reading` is passed on to `data.load_examples`.
+
+    Held out are those of `validation_data_dir`, else of the split `val/` beside the training images, else none.
+    """
+    where = locate(dataset_name)
+    examples = load_examples(where, max_samples=max_train_samples, **reading)
+    folder = validation_data_dir or held_out_folder(where)
+    if folder is None:
+        return examples, []
+    return examples, load_examples(str(folder), max_samples=max_validation_samples, **reading)

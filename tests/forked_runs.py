@@ -1,0 +1,89 @@
+"""medart.py in processes of its own without their eight seconds of imports: every run is forked from one server."""
+
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 300.0
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["medart", "bitsandbytes"])
+
+
+def medart_exit_codes(
+    arguments: list[str], log: Path, processes: int = 1, disturbance: tuple[str, int] | None = None, rank: int = -1
+) -> list[int]:
+    """Run medart.py on the CPU in `processes` processes; rank r writes what it says to `<log>.<r>`.
+
+    `disturbance`: what happens (see `disturb`) at which micro-batch, counted from 0, of the process `rank` (-1: all).
+    Returns the exit codes by rank, minus the signal's number for a process that a signal killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for mine in range(processes):
+        environment = {"ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            environment |= {"RANK": str(mine), "LOCAL_RANK": str(mine), "WORLD_SIZE": str(processes)}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
+        own = disturbance if rank in (-1, mine) else None
+        process = FORKS.Process(target=_medart, args=(arguments, environment, f"{log}.{mine}", own))
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
+            process.start()  # the first one starts the server, which needs our path to find medart
+        started.append(process)
+    for process in started:
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def _medart(arguments: list[str], environment: dict[str, str], log: str, disturbance: tuple[str, int] | None) -> None:
+    import medart
+    from medart_core.errors import exit_codes
+
+    multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    if disturbance:
+        disturb(*disturbance)
+    sys.argv = ["medart.py", *arguments]
+    with exit_codes():
+        sys.exit(medart.main())
+
+
+def disturb(what: str, micro_batch: int) -> None:
+    """Let something happen once the loss of a micro-batch is computed: inside its accumulation window."""
+    import medart
+
+    real, counted = medart.denoising_loss, itertools.count()
+
+    def disturbed(*arguments, **options):
+        loss = real(*arguments, **options)
+        if next(counted) != micro_batch:
+            return loss
+        if what == "nan loss":
+            return loss * float("nan")
+        if what == "inf gradient":
+            loss.register_hook(lambda gradient: gradient * float("inf"))
+        elif what == "nan colour loss":
+            medart.color_distribution_loss = lambda generated, _: generated.sum() * float("nan")
+        elif what == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+        else:
+            for name in what.split():  # of signals
+                os.kill(os.getpid(), getattr(signal, name))
+        return loss
+
+    medart.denoising_loss = disturbed
