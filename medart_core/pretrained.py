@@ -153,3 +153,13 @@ def set_gradient_checkpointing(model: PixArt, wanted: bool) -> None:
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     model.text_encoder.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def disable_gradient_checkpointing(model: PixArt) -> None:
+    """Undo `enable_gradient_checkpointing`; the two may alternate where HLDF must recompute and other steps need not.
+
+    After an HLDF step, call it once its backward pass is done: what is recomputed there reads the setting again.
+    """
+    model.transformer.disable_gradient_checkpointing()
+    model.vae.disable_gradient_checkpointing()
+    model.text_encoder.eval().gradient_checkpointing_disable()

@@ -121,7 +121,8 @@ def peak_rss_gb(arguments: list[str]) -> tuple[subprocess.CompletedProcess, floa
 def test_one_ordinary_and_one_hldf_step_on_the_cpu(shapes, x_rays, tmp_path):
     """medart.py in bf16 with gradient checkpointing; the published shapes have to fit 24 GB. Prints time and peak."""
     thinner = f"[f.SHAPES[part].update(shape) for part, shape in {SMALL!r}.items()]; " if shapes == "small" else ""
-    start = f"import runpy; from medart_core import full_size as f; {thinner}runpy.run_path('medart.py', run_name='__main__')"
+    call = "runpy.run_path('medart.py', run_name='__main__')"
+    start = f"import runpy; from medart_core import full_size as f; {thinner}{call}"
     flags = [
         "--random_weights", f"--dataset_name={x_rays}", f"--resolution={512 if shapes == 'published' else 64}",
         "--gradient_checkpointing", "--mixed_precision=bf16", "--use_8bit_adam", "--M_times=2", "--N_steps=2",

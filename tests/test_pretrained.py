@@ -164,3 +164,28 @@ def test_adapters_on_a_quantised_t5_are_fp32_and_learn(quantized):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_checkpointing_alternates_and_changes_no_gradient(tiny_pixart):
+    model = pretrained.load(tiny_pixart, torch.float32, CPU)
+    model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=2)
+    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, rank=2)
+    parameters = [p for part in (model.text_encoder, model.transformer) for p in lora.trainable_parameters(part)]
+    latents, timesteps, conditions = torch.randn(2, 4, 4, 4), torch.tensor([10, 500]), {}
+    gradients, saved = [], []
+    for switch in (None, pretrained.enable_gradient_checkpointing, pretrained.disable_gradient_checkpointing):
+        if switch:
+            switch(model)
+        count = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, count=count: count.append(1) or t, lambda t: t):
+            embeds, mask = encode_prompts(model.tokenizer, model.text_encoder, CAPTIONS)
+            noise = model.transformer(latents, embeds, timesteps, conditions, encoder_attention_mask=mask).sample
+            pixels = model.vae.decode(noise.chunk(2, dim=1)[0]).sample
+        pixels.square().mean().backward()
+        gradients.append(lora.gradients(parameters))
+        saved.append(len(count))
+        for parameter in parameters:
+            parameter.grad = None
+    assert gradients[0].norm() > 0 and torch.equal(gradients[0], gradients[2])
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert saved[1] < saved[0] / 2 and saved[2] < 1.1 * saved[0]  # T5's embeddings go on requiring a gradient
