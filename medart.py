@@ -15,14 +15,13 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from diffusers import DDPMScheduler
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -30,51 +29,42 @@ from tqdm import tqdm
 from diffusers_grad import decode_latents, sample_latents
 from medart_core import (
     checkpoint,
-    compilation,
     data,
     full_size,
     latents,
     lora,
-    options,
+    plan,
     pretrained,
     stopping,
+    text_cache,
+    trainable,
     training_data,
-)  # fmt: skip
+)
 from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
+from medart_core.medart_options import FREE_ON_RESUME, MedArtOptions, image_sides
 from medart_core.objectives import color_distribution_loss, color_report
-from medart_core.options import MedArtOptions
+from medart_core.options import parse
 from medart_core.pretrained import PixArt
-from medart_core.run import Run, adamw
+from medart_core.run import Run
 from medart_core.runlog import RunLog
 from medart_core.seeds import SharedDraws
 from medart_core.text import encode_with_negative
 
 NOISE, ROLLOUT = 1, 2  # names of the random streams
 LOSS_OPTIONS = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
+MODEL_OPTIONS = (
+    "pretrained_model_name_or_path", "revision", "variant", "random_weights", "text_encoder_quantization", "seed",
+    "rank", "lora_alpha", "use_dora", "use_rslora", "no_text_encoder_lora", "gradient_checkpointing", "compile",
+)  # fmt: skip
 DATA_OPTIONS = (
     "dataset_name", "validation_data_dir", "max_train_samples", "max_validation_samples",
     "caption_column", "image_column", "revision", "cache_dir", "seed",
 )  # fmt: skip
-
-
-def build_model(opts: MedArtOptions, dtype: torch.dtype, device: torch.device) -> PixArt:
-    """Frozen PixArt in the run's precision with trainable fp32 adapters; all dropout is off."""
-    quantize = opts.text_encoder_quantization
-    if opts.random_weights:
-        model = full_size.build_random(dtype, device, opts.seed, quantize)
-    else:
-        name = opts.pretrained_model_name_or_path
-        model = pretrained.load(name, dtype, device, opts.revision, opts.variant, quantize)
-    pretrained.set_gradient_checkpointing(model, opts.gradient_checkpointing)
-    torch.manual_seed(opts.seed)  # the adapters' initialisation: equal on all processes
-    shape = (opts.rank, opts.lora_alpha, model.name, opts.use_dora, opts.use_rslora)
-    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, *shape)
-    if not opts.no_text_encoder_lora:
-        model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, *shape)
-    if opts.compile:
-        compilation.enable(model)
-    return model
+OPTIMIZER_OPTIONS = (
+    "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "use_8bit_adam",
+)  # fmt: skip
 
 
 def sample_with_gradient(model: PixArt, captions: list[str], size, draws: SharedDraws, opts: MedArtOptions) -> Tensor:
@@ -130,7 +120,7 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
     model, rank, num_processes = run.model, accelerator.process_index, accelerator.num_processes
     window, batch_size = opts.gradient_accumulation_steps, opts.train_batch_size
     noise_scheduler = DDPMScheduler.from_config(model.scheduler.config)
-    settings = {name: getattr(opts, name) for name in LOSS_OPTIONS}
+    settings = opts.some(LOSS_OPTIONS)
     stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
     loading = {"num_workers": opts.dataloader_num_workers, "worker_init_fn": stopping.leave_process_group}
     batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, **loading))
@@ -177,21 +167,20 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
     return 0
 
 
-def build_run(opts: MedArtOptions, model: PixArt, images_per_step: int, max_steps: int) -> Run:
-    """The adapters' optimiser with its schedule, at step 0."""
-    rate = opts.learning_rate * (images_per_step if opts.scale_lr else 1)
-    text_rate = rate if opts.text_encoder_lr is None else opts.text_encoder_lr * rate / opts.learning_rate
-    parts = (model.transformer, rate), (model.text_encoder, text_rate)
-    groups = [{"params": [*lora.trainable_parameters(part)], "lr": lr} for part, lr in parts]
-    betas, decay = (opts.adam_beta1, opts.adam_beta2), opts.adam_weight_decay
-    optimizer = adamw(groups, betas, opts.adam_epsilon, decay, opts.use_8bit_adam)
-    lengths = opts.lr_warmup_steps, max_steps, opts.lr_num_cycles, opts.lr_power
-    lr_scheduler = get_scheduler(opts.lr_scheduler, optimizer, None, *lengths)
-    return Run(model, [p for group in groups for p in group["params"]], optimizer, lr_scheduler, Path(opts.output_dir))
+def dry_run(
+    opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_steps: int, hldf_updates: int
+) -> int:
+    """Measure 3 ordinary steps and 1 with HLDF after a first one that warms up, print them, and write nothing."""
+    timed = plan.TimedRun(**vars(run))
+    train(replace(opts, N_steps=4), accelerator, timed, dataset, [], 5, None)
+    hldf = None if opts.no_hldf else timed.seconds[4]
+    accelerator.print("\n".join(plan.describe_times(timed.seconds[1:4], hldf, max_steps, hldf_updates)))
+    accelerator.end_training()
+    return 0
 
 
 def main() -> int:
-    opts = options.parse(MedArtOptions, __doc__)
+    opts = parse(MedArtOptions, __doc__, presets=plan.PRESETS)
     asked = opts.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     dtype, remark = pretrained.pick_dtype(asked, pretrained.pick_device())
     stopping.end_with_launcher()
@@ -200,30 +189,37 @@ def main() -> int:
     folder, say, first = Path(opts.output_dir), accelerator.print, accelerator.is_main_process
 
     # The folder and the data are checked before any model loads.
+    name = full_size.NAME if opts.random_weights else opts.pretrained_model_name_or_path or pretrained.NANO
     settings = asdict(opts) | {
         "dataset_name": opts.dataset_name or training_data.DEFAULT_DATA,
-        "pretrained_model_name_or_path": opts.pretrained_model_name_or_path or pretrained.NANO,
+        "pretrained_model_name_or_path": name,
         "precision": str(dtype),
         "num_processes": accelerator.num_processes,
     }
     with accelerator.main_process_first():
-        examples, held_out = training_data.load(
-            **{name: getattr(opts, name) for name in DATA_OPTIONS}, show_progress=first
-        )
-        free = options.FREE_ON_RESUME
-        resumed = checkpoint.resume_decision(folder, settings, opts.resume_from_checkpoint, free, first)
-    first_line = f"model: {settings['pretrained_model_name_or_path']}; data: {settings['dataset_name']}"
-    say("\n".join(filter(None, (first_line, remark))))
+        examples, unseen = training_data.load(**opts.some(DATA_OPTIONS), show_progress=first)
+        resumed, wish = None, opts.resume_from_checkpoint
+        if not opts.dry_run:
+            resumed = checkpoint.resume_decision(folder, settings, wish, FREE_ON_RESUME, first)
+    say("\n".join([f"model: {name}; data: {settings['dataset_name']}", *([remark] if remark else [])]))
+    if opts.dry_run:
+        say("\n".join(plan.describe(name, {"dtype": dtype, **opts.memory_options()})))
 
-    model = build_model(opts, dtype, accelerator.device)
-    size = options.image_sides(opts.resolution or model.image_size)
+    model = trainable.build(dtype=dtype, device=accelerator.device, **opts.some(MODEL_OPTIONS))
+    size = image_sides(opts.resolution or model.image_size)
     dataset = data.CaptionDataset(examples, data.ImageTransform(size, opts.center_crop, opts.random_flip), opts.seed)
-    held_out = data.CaptionDataset(held_out, data.ImageTransform(size, center_crop=True), opts.seed)
+    held_out = data.CaptionDataset(unseen, data.ImageTransform(size, center_crop=True), opts.seed)
     if opts.cache_latents:
         dataset = latents.cache(dataset, model.vae, accelerator.autocast(), first)
+    prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
+    if opts.no_text_encoder_lora:
+        captions = [*prompts, *(example.caption for example in [*examples, *unseen])]
+        encoding = opts.max_token_length, accelerator.autocast(), first
+        model.text_encoder = text_cache.cache_embeddings(model, captions, *encoding)
     per_step = opts.train_batch_size * accelerator.num_processes * opts.gradient_accumulation_steps
     max_steps = opts.max_train_steps or opts.num_train_epochs * math.ceil(len(dataset) / per_step)
-    run = build_run(opts, model, per_step, max_steps)
+    rates = opts.some(OPTIMIZER_OPTIONS) | {"scale": per_step if opts.scale_lr else 1}
+    run = Run.start(model, folder, max_steps, **rates)
     if resumed:
         run.resume(resumed)
         say(f"resuming from {resumed}")
@@ -233,8 +229,8 @@ def main() -> int:
         f"{hldf_updates} of them with HLDF (M = {opts.M_times}, {opts.hldf_gradient}); "
         f"{sum(p.numel() for p in run.parameters):,} trained parameters"
     )
-
-    prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
+    if opts.dry_run:
+        return dry_run(opts, accelerator, run, dataset, max_steps, hldf_updates)
     with checkpoint.disk_faults(folder):
         log = RunLog(folder, opts, prompts, run.step) if first else None
         code = train(opts, accelerator, run, dataset, held_out, max_steps, log)

@@ -3,11 +3,11 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from medart_core import lean_lora
@@ -60,7 +60,13 @@ def attach(
     """Freeze `model` and put trainable fp32 adapters on `targets`; the base keeps its dtype.
 
     `base` is the name of the pipeline that the adapters belong to, and is saved with them.
+
+    Raises:
+        UserError: for DoRA on a quantised base: with bitsandbytes on the CPU, int8 fails at the second backward, and
+            NF4 does not begin as the base (peft 0.21, bitsandbytes 0.50).
     """
+    if use_dora and getattr(model, "is_quantized", False):
+        raise UserError("DoRA needs an unquantised base; leave out --use_dora or the quantisation")
     model.requires_grad_(False)
     config = lora_config(targets, rank, lora_alpha, use_dora, use_rslora)
     adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
@@ -78,8 +84,8 @@ def _measure_magnitudes(model: nn.Module) -> None:
     """
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            weight = dequantize_module_weight(layer.get_base_layer()).float()
-            magnitude = layer.lora_magnitude_vector["default"]
+            weight: Any = layer.get_base_layer().weight.float()
+            magnitude: Any = layer.lora_magnitude_vector["default"]
             magnitude.weight.data = magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
 
 

@@ -25,7 +25,7 @@ from diffusers import PixArtAlphaPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -157,7 +157,7 @@ def apply(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> None:
     """
     for part, adapter in adapters.items():
         model: nn.Module = getattr(pipeline, part)
-        if any(isinstance(layer, BaseTunerLayer) for layer in model.modules()):
+        if any(isinstance(layer, LoraLayer) for layer in model.modules()):
             raise UserError(f"the {part} has a LoRA already; load the pipeline again for another one")
         if adapter.config.use_dora and scale != 1:
             raise UserError(f"the LoRA is a DoRA, which has no strength; leave the scale at 1 instead of {scale}")
@@ -171,7 +171,7 @@ def apply(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> None:
         if unread:
             raise UserError(f"the LoRA does not belong to this {part}: {unread[0]}; use the model it was made for")
         for layer in model.modules():
-            if isinstance(layer, BaseTunerLayer):
+            if isinstance(layer, LoraLayer):
                 layer.scale_layer(scale)
         lean_lora.enable(model)
         model.requires_grad_(False).eval()
@@ -188,7 +188,7 @@ def merge(pipeline, folder: Path) -> None:
     for name in ("text_encoder", "vae", "transformer"):
         model: nn.Module = parts[name]
         for place, layer in [*model.named_modules()]:
-            if isinstance(layer, BaseTunerLayer):
+            if isinstance(layer, LoraLayer):
                 layer.merge(safe_merge=True)
                 model.set_submodule(place, layer.get_base_layer())
         nn.Module.to(model, stored_dtype(model, name))  # diffusers' own warns of modules that PixArt has not

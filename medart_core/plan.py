@@ -58,11 +58,13 @@ class Shapes:
     text_layers: int
     text_width: int
     pixels_per_token: int
+    image_size: int
 
     @classmethod
     def of(cls, text_encoder: Any, vae: Any, transformer: Any) -> "Shapes":
         """Read off models on the meta device, which get adapters in passing."""
         text, config = text_encoder.config, transformer.config
+        pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # along a side of a latent
         transformer_count, text_count, vae_count = (_count(model) for model in (transformer, text_encoder, vae))
         return cls(
             transformer=transformer_count,
@@ -75,7 +77,8 @@ class Shapes:
             width=config.num_attention_heads * config.attention_head_dim,
             text_layers=text.num_layers,
             text_width=text.d_model,
-            pixels_per_token=(config.patch_size * 2 ** (len(vae.config.block_out_channels) - 1)) ** 2,
+            pixels_per_token=(config.patch_size * pixels) ** 2,
+            image_size=config.sample_size * pixels,
         )
 
     @classmethod
@@ -128,7 +131,7 @@ def predict(
     *,
     dtype: torch.dtype = torch.bfloat16,
     train_batch_size: int = 1,
-    resolution: int = 512,
+    pixels: int | None = None,
     max_token_length: int = 120,
     rank: int = 8,
     use_8bit_adam: bool = False,
@@ -143,10 +146,12 @@ def predict(
     """Predicted GB on the device: of what stays, of either kind of step on top of it, and the `peak` of a run.
 
     `hldf_checkpointing` is `none`, `blocks` or `nested` (blocks within steps, and within the decoder); `graph_steps`
-    is the number of rollout steps that carry gradient. Without adapters on T5 its embeddings are cached and it goes
+    is the number of rollout steps that carry gradient; `pixels` of an image, the model's own by default. Without adapters on T5 its embeddings are cached and it goes
     before training: `peak` is then the larger of the two times.
     """
-    size, tokens = dtype.itemsize, resolution**2 / shapes.pixels_per_token
+    size = dtype.itemsize
+    pixels = shapes.image_size**2 if pixels is None else pixels
+    tokens = pixels / shapes.pixels_per_token
     adapters = rank * shapes.transformer_lora_per_rank
     if text_encoder_lora:
         adapters += rank * shapes.text_encoder_lora_per_rank
@@ -174,7 +179,7 @@ def predict(
         checkpointed = hldf_checkpointing != "none"
         blocks = shapes.blocks * (1 if hldf_checkpointing == "nested" else graph_steps)
         guided = 2 * hldf_batch_size * block_input  # conditional and unconditional in one batch
-        decoder = size * DECODER_KEPT * resolution**2
+        decoder = size * DECODER_KEPT * pixels
         decoder *= DECODER_CHECKPOINTED if checkpointed else hldf_batch_size
         rollout = text(hldf_batch_size + 1, checkpointed) + decoder
         rollout += kept(guided, TRANSFORMER_KEPT, blocks, checkpointed)

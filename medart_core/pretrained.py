@@ -143,10 +143,13 @@ def set_gradient_checkpointing(model: PixArt, wanted: bool) -> None:
     if not wanted:
         model.transformer.disable_gradient_checkpointing()
         model.vae.disable_gradient_checkpointing()
-        model.text_encoder.eval().gradient_checkpointing_disable()
+        if hasattr(model.text_encoder, "gradient_checkpointing_disable"):  # a table of embeddings has nothing to keep
+            model.text_encoder.eval().gradient_checkpointing_disable()
         return
     model.transformer.enable_gradient_checkpointing()
     model.vae.enable_gradient_checkpointing()
+    if not hasattr(model.text_encoder, "gradient_checkpointing_enable"):
+        return
     # transformers checkpoints in training mode only, so T5 is put there with every dropout at zero.
     for module in model.text_encoder.modules():
         for name in ("p", "dropout", "dropout_rate"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from diffusers.optimization import get_scheduler
 
 from medart_core import checkpoint, lora, lora_file, trees
 from medart_core.data import Example
@@ -16,19 +17,6 @@ from medart_core.pretrained import PixArt
 SHOWN_IMAGES = 4  # in one line of an error
 
 Part = tuple[str, torch.Tensor, list[Example]]  # of a step's loss: its name, its value, the images it was computed on
-
-
-def adamw(
-    groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, weight_decay: float, use_8bit: bool
-) -> torch.optim.Optimizer:
-    """AdamW of groups `{"params": [...], "lr": x}`: bitsandbytes' with 8-bit moments, or else torch's fused one."""
-    groups = [group for group in groups if group["params"]]
-    settings = {"betas": betas, "eps": eps, "weight_decay": weight_decay}
-    if use_8bit:
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, **settings)  # pyright: ignore[reportArgumentType]
-    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 @dataclass
@@ -41,6 +29,45 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     folder: Path
     step: int = 0
+
+    @classmethod
+    def start(
+        cls,
+        model: PixArt,
+        folder: Path,
+        max_steps: int,
+        *,
+        learning_rate: float,
+        text_encoder_lr: float | None,
+        scale: float,
+        lr_scheduler: str,
+        lr_warmup_steps: int,
+        lr_num_cycles: int,
+        lr_power: float,
+        use_8bit_adam: bool,
+        **adam: float,
+    ) -> "Run":
+        """A run at step 0: AdamW on the adapters of both parts, bitsandbytes' with 8-bit moments or torch's fused one.
+
+        `scale` multiplies both learning rates; `adam` holds adam_beta1, adam_beta2, adam_epsilon, adam_weight_decay.
+        """
+        rates = learning_rate, learning_rate if text_encoder_lr is None else text_encoder_lr
+        adapters = [[*lora.trainable_parameters(part)] for part in (model.transformer, model.text_encoder)]
+        groups = [{"params": part, "lr": rate * scale} for part, rate in zip(adapters, rates, strict=True) if part]
+        settings: dict[str, Any] = {
+            "betas": (adam["adam_beta1"], adam["adam_beta2"]),
+            "eps": adam["adam_epsilon"],
+            "weight_decay": adam["adam_weight_decay"],
+        }
+        if use_8bit_adam:
+            from bitsandbytes.optim import AdamW8bit
+
+            optimizer: torch.optim.Optimizer = AdamW8bit(groups, **settings)
+        else:
+            optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+        lengths = lr_warmup_steps, max_steps, lr_num_cycles, lr_power
+        schedule = get_scheduler(lr_scheduler, optimizer, None, *lengths)
+        return cls(model, [parameter for part in adapters for parameter in part], optimizer, schedule, folder)
 
     @property
     def lr(self) -> float:

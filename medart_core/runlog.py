@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from medart_core.options import MedArtOptions, image_sides
+from medart_core.medart_options import MedArtOptions, image_sides
 from medart_core.pictures import image_grid
 from medart_core.pretrained import PixArt
 from medart_core.sampling import sample_images

@@ -13,6 +13,7 @@ import recipe
 
 from medart_core import options
 from medart_core.errors import UserError
+from medart_core.medart_options import MedArtOptions
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_summary_gives_mean_and_range_over_seeds(tmp_path, capsys):
 
 def test_the_recipe_is_one_that_medart_takes():
     arguments = recipe.arguments(Path("out"), steps=5, seed=1, no_hldf=True)
-    opts = options.parse(options.MedArtOptions, None, arguments)
+    opts = options.parse(MedArtOptions, None, arguments)
     assert opts.no_hldf and opts.cache_latents and (opts.max_train_steps, opts.seed) == (5, 1)
 
 

@@ -5,6 +5,7 @@ import copy
 import peft
 import pytest
 import torch
+from peft.tuners.lora import Linear
 from torch import nn
 
 from medart_core import compilation, lean_lora, lora, pretrained

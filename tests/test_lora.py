@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import PixArtTransformer2DModel
-from transformers import T5Config, T5EncoderModel
+from transformers import BitsAndBytesConfig, T5Config, T5EncoderModel
 
 from medart_core import lora, pretrained
 from medart_core.errors import UserError
@@ -72,6 +72,15 @@ def test_round_trip_through_peft_folders_is_exact(tiny_pixart, tmp_path):
 def test_a_folder_without_adapters_is_named(tmp_path):
     with pytest.raises(UserError, match="no LoRA in"):
         lora.find(tmp_path)
+
+
+def test_dora_on_a_quantised_base_is_refused():
+    quantised = T5EncoderModel.from_pretrained(
+        pretrained.ROOT / pretrained.NANO / "text_encoder", quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    with pytest.raises(UserError, match="unquantised base"):
+        lora.attach(quantised, lora.TEXT_ENCODER_TARGETS, rank=4, use_dora=True)
+    assert parameters(lora.attach(quantised, lora.TEXT_ENCODER_TARGETS, rank=4)) > 0
 
 
 NAN, INF = float("nan"), float("inf")

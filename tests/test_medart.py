@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 import medart
 from medart_core import checkpoint, lora, options, pretrained, trees
 from medart_core.errors import UserError
+from medart_core.medart_options import MedArtOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -209,8 +210,8 @@ def test_saved_adapters_draw_what_the_trained_model_draws(run, flags, tmp_path, 
     from medart_core.sampling import sample_images
 
     kept = {}
-    real = medart.build_model
-    monkeypatch.setattr(medart, "build_model", lambda *a: kept.setdefault("model", real(*a)))
+    real = medart.trainable.build
+    monkeypatch.setattr(medart.trainable, "build", lambda **options: kept.setdefault("model", real(**options)))
     run(*flags, f"--output_dir={tmp_path / 'out'}")
     loaded = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
     base = next(iter(sample_images(loaded, ["a chest"], [3], num_inference_steps=3)))
@@ -271,7 +272,7 @@ def test_the_published_command_is_understood(monkeypatch):
       --checkpointing_steps=12800 --learning_rate=1e-04 --lr_scheduler="constant" --lr_warmup_steps=0 --seed=42
       --output_dir="medart" --gradient_checkpointing --checkpoints_total_limit=10 --max_token_length=120 --M_times=20
       --N_steps=500"""
-    opts = options.parse(options.MedArtOptions, None, shlex.split(command))
+    opts = options.parse(MedArtOptions, None, shlex.split(command))
     assert (opts.N_steps, opts.M_times, opts.rank, opts.seed, opts.use_8bit_adam) == (500, 20, 8, 42, True)
 
 
@@ -287,4 +288,4 @@ def test_the_published_command_is_understood(monkeypatch):
 )
 def test_impossible_options_are_named(arguments, message):
     with pytest.raises(UserError, match=message):
-        options.parse(options.MedArtOptions, None, arguments)
+        options.parse(MedArtOptions, None, arguments)

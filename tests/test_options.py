@@ -7,7 +7,7 @@ import pytest
 
 from medart_core import options
 from medart_core.errors import UserError
-from medart_core.options import MedArtOptions, image_sides, resolution
+from medart_core.medart_options import MedArtOptions, image_sides, resolution
 
 
 def parse(*argv: str) -> MedArtOptions:

@@ -1,0 +1,41 @@
+"""PixArt with what a run trains on it: frozen weights in the run's precision, and fp32 adapters."""
+
+import torch
+
+from medart_core import compilation, full_size, lora, pretrained
+from medart_core.pretrained import PixArt
+
+
+def build(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    pretrained_model_name_or_path: str | None,
+    revision: str | None,
+    variant: str | None,
+    random_weights: bool,
+    text_encoder_quantization: str | None,
+    rank: int,
+    lora_alpha: float | None,
+    use_dora: bool,
+    use_rslora: bool,
+    no_text_encoder_lora: bool,
+    gradient_checkpointing: bool,
+    compile: bool,
+    seed: int,
+) -> PixArt:
+    """The options of these names, built; all dropout is off, and the adapters are equal on all processes."""
+    if random_weights:
+        model = full_size.build_random(dtype, device, seed, text_encoder_quantization)
+    else:
+        where = pretrained_model_name_or_path, dtype, device, revision, variant
+        model = pretrained.load(*where, text_encoder_quantization)
+    pretrained.set_gradient_checkpointing(model, gradient_checkpointing)
+    torch.manual_seed(seed)  # of the adapters' initialisation
+    shape = rank, lora_alpha, model.name, use_dora, use_rslora
+    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, *shape)
+    if not no_text_encoder_lora:
+        model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, *shape)
+    if compile:
+        compilation.enable(model)
+    return model
