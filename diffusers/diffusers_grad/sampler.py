@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from diffusers_grad.cross_attention import prompt_arguments
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DPMSolverMultistepScheduler
 
@@ -68,10 +70,13 @@ def sample_latents(
         prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds])
         prompt_attention_mask = torch.cat([negative_prompt_attention_mask, prompt_attention_mask])
     dtype = _network_dtype(transformer, latents)
+    graph_steps = _graph_steps(gradient, num_inference_steps, k, generator)
+    with contextlib.nullcontext() if graph_steps else torch.no_grad():
+        prompt = prompt_arguments(transformer, prompt_embeds.to(dtype))
     predict = partial(
         _predict_noise,
         transformer=transformer,
-        prompt_embeds=prompt_embeds.to(dtype),
+        prompt=prompt,
         prompt_attention_mask=prompt_attention_mask,
         guidance_scale=guidance_scale if guided else None,
         added_cond_kwargs=_size_conditions(transformer, latents, len(prompt_embeds), dtype),
@@ -81,7 +86,6 @@ def sample_latents(
         # Only the network may be recomputed: a second `scheduler.step` would advance the solver twice.
         predict = partial(checkpoint, predict, use_reentrant=False, preserve_rng_state=_draws_dropout(transformer))
     latents = latents.float() if gradient == "full" else latents.detach().float()
-    graph_steps = _graph_steps(gradient, num_inference_steps, k, generator)
     return _rollout(predict, scheduler, latents, num_inference_steps, gradient, graph_steps)
 
 
@@ -173,17 +177,17 @@ def _predict_noise(
     t: Tensor,
     *,
     transformer: nn.Module,
-    prompt_embeds: Tensor,
+    prompt: Mapping[str, Any],
     prompt_attention_mask: Tensor,
     guidance_scale: float | None,
     added_cond_kwargs: Mapping[str, Tensor | None],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The fp32 noise prediction, guided unless `guidance_scale` is None; `prompt_embeds` is [negative, positive]."""
+    """The fp32 noise prediction, guided unless `guidance_scale` is None; the prompt is [negative, positive]."""
     network_input = latents if guidance_scale is None else torch.cat([latents, latents])  # (B or 2B, 4, h, w)
     eps = transformer(
         network_input.to(dtype),
-        encoder_hidden_states=prompt_embeds,
+        **prompt,
         encoder_attention_mask=prompt_attention_mask,
         timestep=t.expand(len(network_input)),
         added_cond_kwargs=added_cond_kwargs,
