@@ -52,6 +52,7 @@ def _medart(arguments: list[str], environment: dict[str, str], log: str, disturb
     from medart_core.errors import exit_codes
 
     multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
+    os.setpgrp()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
@@ -82,8 +83,8 @@ def disturb(what: str, micro_batch: int) -> None:
         elif what == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         else:
-            for name in what.split():  # of signals
-                os.kill(os.getpid(), getattr(signal, name))
+            for name in what.split():  # signals to the whole group, as from a terminal
+                os.killpg(0, getattr(signal, name))
         return loss
 
     medart.denoising_loss = disturbed

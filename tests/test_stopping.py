@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from forked_runs import medart_exit_codes
 
-from medart_core import checkpoint
+from medart_core import checkpoint, trees
 from medart_core.data import CaptionDataset, ImageTransform, ShuffledBatches, load_examples
 from medart_core.stopping import LAUNCHED, StopSignal
 
@@ -143,15 +143,17 @@ def images_of(x_rays: Path, batches: list[int], size: int = 2) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("what", "micro_batch", "name", "batches"),
+    ("what", "micro_batch", "name", "batches", "extra"),
     [
-        ("nan loss", 5, "noise loss", [5]),
-        ("inf gradient", 4, "gradient", [4, 5]),
-        ("nan colour loss", 6, "colour loss", [7]),
+        ("nan loss", 5, "noise loss", [5], []),
+        ("inf gradient", 4, "gradient", [4, 5], ["--cache_latents", "--center_crop"]),
+        ("nan colour loss", 6, "colour loss", [7], []),
     ],
 )
-def test_what_is_not_finite_stops_before_the_update(flags, tmp_path, x_rays, what, micro_batch, name, batches) -> None:
-    assert medart_exit_codes(flags, tmp_path / "log", disturbance=(what, micro_batch)) == [2]
+def test_what_is_not_finite_stops_before_the_update(
+    flags, tmp_path, x_rays, what: str, micro_batch: int, name: str, batches: list[int], extra: list[str]
+) -> None:
+    assert medart_exit_codes([*flags, *extra], tmp_path / "log", disturbance=(what, micro_batch)) == [2]
     said = (tmp_path / "log.0").read_text()
     [line] = [line for line in said.splitlines() if line.startswith("error:")]
     step = micro_batch // 2
@@ -159,6 +161,13 @@ def test_what_is_not_finite_stops_before_the_update(flags, tmp_path, x_rays, wha
     expected = images_of(x_rays, batches)[: 1 if name == "colour loss" else 4]
     assert line.count("('A chest X-ray") == len(expected) and all(place in line for place in expected)
     assert steps(tmp_path / "out") == list(range(1, step + 1)) and f"checkpoint-{step} is intact" in line
+
+
+def test_a_learning_rate_that_explodes_is_met_before_it_is_saved(flags, tmp_path: Path) -> None:
+    assert medart_exit_codes([*flags, "--learning_rate=1e20"], tmp_path / "log") == [2]
+    assert "the noise loss is not finite" in (tmp_path / "log.0").read_text()
+    state = trees.load_tree(checkpoint.checkpoints(tmp_path / "out")[-1][1] / "state")
+    assert all(tensor.isfinite().all() for part in ("transformer", "text_encoder") for tensor in state[part].values())
 
 
 def test_one_process_with_an_infinite_gradient_stops_all(flags, tmp_path: Path) -> None:
