@@ -146,8 +146,8 @@ def predict(
     """Predicted GB on the device: of what stays, of either kind of step on top of it, and the `peak` of a run.
 
     `hldf_checkpointing` is `none`, `blocks` or `nested` (blocks within steps, and within the decoder); `graph_steps`
-    is the number of rollout steps that carry gradient; `pixels` of an image, the model's own by default. Without adapters on T5 its embeddings are cached and it goes
-    before training: `peak` is then the larger of the two times.
+    is the number of rollout steps that carry gradient; `pixels` are an image's, the model's own by default. Without
+    adapters on T5 its embeddings are cached and it goes before training: `peak` is then the larger of the two times.
     """
     size = dtype.itemsize
     pixels = shapes.image_size**2 if pixels is None else pixels
