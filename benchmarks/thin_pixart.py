@@ -82,7 +82,7 @@ def make_trainer(
     if checkpointing == "transformer":
         model.transformer.enable_gradient_checkpointing()
     if checkpointing == "all":
-        pretrained.enable_gradient_checkpointing(model)
+        pretrained.set_gradient_checkpointing(model, True)
     torch.manual_seed(1)
     model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, rank=8)
     model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=8)

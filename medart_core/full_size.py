@@ -32,7 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 SCHEDULER: dict[str, Any] = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 
 
-def build_empty() -> tuple[T5EncoderModel, AutoencoderKL, PixArtTransformer2DModel]:
+def build_empty() -> tuple[Any, Any, Any]:
     """T5, VAE and transformer of the published shapes, without any memory behind them."""
     with torch.device("meta"):
         return (
@@ -51,7 +51,8 @@ def build_random(dtype: torch.dtype, device: torch.device, seed: int = 0, quanti
     draws = torch.Generator(device).manual_seed(seed)
     text_encoder, vae, transformer = build_empty()
     # The table of positions is computed by the constructor and never stored: a model without blocks has it, too.
-    shallow = PixArtTransformer2DModel(**SHAPES["transformer"] | {"num_layers": 0})
+    without_blocks: dict[str, Any] = SHAPES["transformer"] | {"num_layers": 0}
+    shallow: Any = PixArtTransformer2DModel(**without_blocks)
     transformer.pos_embed.pos_embed = shallow.pos_embed.pos_embed.to(device)
     if quantize:
         text_encoder = _with_quantized_layers(text_encoder, quantize, dtype)
@@ -70,7 +71,7 @@ def build_random(dtype: torch.dtype, device: torch.device, seed: int = 0, quanti
     )
 
 
-def _with_quantized_layers(text_encoder: T5EncoderModel, kind: str, dtype: torch.dtype) -> T5EncoderModel:
+def _with_quantized_layers(text_encoder: nn.Module, kind: str, dtype: torch.dtype) -> nn.Module:
     from transformers.integrations import replace_with_bnb_linear
 
     settings = quantization.config(kind, dtype)
@@ -114,4 +115,5 @@ def _packed(values: Tensor, empty: nn.Parameter) -> nn.Parameter:
     """`values` as a parameter of `empty`'s kind: a plain one, or one that bitsandbytes packs when it is moved."""
     if type(empty) is nn.Parameter:
         return nn.Parameter(values)
-    return type(empty)(values, requires_grad=False, **vars(empty)).to(values.device)
+    kind: Any = type(empty)
+    return kind(values, requires_grad=False, **vars(empty)).to(values.device)

@@ -1,8 +1,9 @@
 """What a run will take, said before it starts: parameters, download, memory of each part, and seconds per step.
 
 Activations are counted in values that were measured at full size under bf16 autocast: for its backward pass, a block
-of the transformer keeps 27.8 values per token and channel, a layer of T5 36.7, the VAE decoder 5800 per pixel; when it
-is checkpointed, a block keeps its input only. GB are 1e9 bytes, as torch reports them; cards are sold in GiB.
+of the transformer keeps 23.6 values per token and channel, a layer of T5 32.6, the VAE decoder 45.3 per pixel and
+channel of its last block; when it is checkpointed, a block keeps its input only. GB are 1e9 bytes, as torch reports
+them; cards are sold in GiB.
 """
 
 import json
@@ -23,7 +24,7 @@ from transformers import T5Config, T5EncoderModel
 from medart_core import full_size, lora, pretrained
 from medart_core.run import Run
 
-TRANSFORMER_KEPT, TEXT_KEPT, DECODER_KEPT = 27.8, 36.7, 5800
+TRANSFORMER_KEPT, TEXT_KEPT, DECODER_KEPT = 23.6, 32.6, 45.3
 DECODER_CHECKPOINTED = 0.33  # of the decoder's activations, when one of its blocks at a time has them
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # of T5's blocks; NF4 with its doubly quantised scales
 WORKSPACE_GB = 1.1  # CUDA's context, and what lives within one operation
@@ -57,14 +58,16 @@ class Shapes:
     width: int
     text_layers: int
     text_width: int
-    pixels_per_token: int
+    vae_width: int
     image_size: int
+    pixels_per_token: int
 
     @classmethod
     def of(cls, text_encoder: Any, vae: Any, transformer: Any) -> "Shapes":
         """Read off models on the meta device, which get adapters in passing."""
         text, config = text_encoder.config, transformer.config
-        pixels = 2 ** (len(vae.config.block_out_channels) - 1)  # along a side of a latent
+        vae_widths = vae.config.block_out_channels
+        factor = 2 ** (len(vae_widths) - 1)  # pixels per latent along a side
         transformer_count, text_count, vae_count = (_count(model) for model in (transformer, text_encoder, vae))
         return cls(
             transformer=transformer_count,
@@ -77,8 +80,9 @@ class Shapes:
             width=config.num_attention_heads * config.attention_head_dim,
             text_layers=text.num_layers,
             text_width=text.d_model,
-            pixels_per_token=(config.patch_size * pixels) ** 2,
-            image_size=config.sample_size * pixels,
+            vae_width=vae_widths[0],
+            image_size=config.sample_size * factor,
+            pixels_per_token=(config.patch_size * factor) ** 2,
         )
 
     @classmethod
@@ -149,9 +153,7 @@ def predict(
     is the number of rollout steps that carry gradient; `pixels` are an image's, the model's own by default. Without
     adapters on T5 its embeddings are cached and it goes before training: `peak` is then the larger of the two times.
     """
-    size = dtype.itemsize
-    pixels = shapes.image_size**2 if pixels is None else pixels
-    tokens = pixels / shapes.pixels_per_token
+    size, pixels = dtype.itemsize, pixels or shapes.image_size**2
     adapters = rank * shapes.transformer_lora_per_rank
     if text_encoder_lora:
         adapters += rank * shapes.text_encoder_lora_per_rank
@@ -171,7 +173,7 @@ def predict(
         inputs = captions * max_token_length * shapes.text_width
         return text_encoder_lora * kept(inputs, TEXT_KEPT, shapes.text_layers, checkpointed)
 
-    block_input = tokens * shapes.width
+    block_input = pixels / shapes.pixels_per_token * shapes.width
     ordinary = text(train_batch_size, gradient_checkpointing)
     ordinary += kept(train_batch_size * block_input, TRANSFORMER_KEPT, shapes.blocks, gradient_checkpointing)
     rollout = 0.0
@@ -179,7 +181,7 @@ def predict(
         checkpointed = hldf_checkpointing != "none"
         blocks = shapes.blocks * (1 if hldf_checkpointing == "nested" else graph_steps)
         guided = 2 * hldf_batch_size * block_input  # conditional and unconditional in one batch
-        decoder = size * DECODER_KEPT * pixels
+        decoder = size * DECODER_KEPT * shapes.vae_width * pixels
         decoder *= DECODER_CHECKPOINTED if checkpointed else hldf_batch_size
         rollout = text(hldf_batch_size + 1, checkpointed) + decoder
         rollout += kept(guided, TRANSFORMER_KEPT, blocks, checkpointed)

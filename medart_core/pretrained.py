@@ -94,7 +94,7 @@ def load(
         UserError: if a part is missing or cannot be fetched.
     """
     path = find(name)
-    where = {"revision": revision} if revision else {}
+    where: dict[str, Any] = {"revision": revision} if revision else {}
     weights = {**where, "variant": variant, "use_safetensors": None} if variant else where
     if Path(path).is_dir() and (missing := [part for part in PARTS if not (Path(path) / part).is_dir()]):
         raise UserError(
@@ -124,7 +124,7 @@ def load(
     return parts
 
 
-def _load_text_encoder(path: str, dtype: torch.dtype, device: torch.device, quantize: str | None, **where):
+def _load_text_encoder(path: str, dtype: torch.dtype, device: torch.device, quantize: str | None, **where: Any):
     """T5, each tensor straight to `device`: what is packed there cannot be moved, and 19 GB should not be."""
     load_to_device = partial(
         T5EncoderModel.from_pretrained,
@@ -139,30 +139,22 @@ def _load_text_encoder(path: str, dtype: torch.dtype, device: torch.device, quan
 
 
 def set_gradient_checkpointing(model: PixArt, wanted: bool) -> None:
-    """Whether the blocks of the transformer, of T5 and of the VAE decoder are recomputed in the backward pass."""
+    """Whether the blocks of the transformer, of T5 and of the VAE decoder are recomputed in the backward pass.
+
+    To be changed between a backward pass and the next forward pass only: what is recomputed reads the setting again.
+    """
     if not wanted:
         model.transformer.disable_gradient_checkpointing()
         model.vae.disable_gradient_checkpointing()
-        if hasattr(model.text_encoder, "gradient_checkpointing_disable"):  # a table of embeddings has nothing to keep
-            model.text_encoder.eval().gradient_checkpointing_disable()
+        model.text_encoder.eval()
         return
     model.transformer.enable_gradient_checkpointing()
     model.vae.enable_gradient_checkpointing()
     if not hasattr(model.text_encoder, "gradient_checkpointing_enable"):
-        return
+        return  # cached embeddings
     # transformers checkpoints in training mode only, so T5 is put there with every dropout at zero.
     for module in model.text_encoder.modules():
         for name in ("p", "dropout", "dropout_rate"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
     model.text_encoder.train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def disable_gradient_checkpointing(model: PixArt) -> None:
-    """Undo `enable_gradient_checkpointing`; the two may alternate where HLDF must recompute and other steps need not.
-
-    After an HLDF step, call it once its backward pass is done: what is recomputed there reads the setting again.
-    """
-    model.transformer.disable_gradient_checkpointing()
-    model.vae.disable_gradient_checkpointing()
-    model.text_encoder.eval().gradient_checkpointing_disable()

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_the_table_of_positions_is_the_real_one(small):
     from diffusers import PixArtTransformer2DModel
 
     built = full_size.build_random(torch.float32, CPU).transformer
-    stock = PixArtTransformer2DModel(**full_size.SHAPES["transformer"])
+    stock: Any = PixArtTransformer2DModel(**full_size.SHAPES["transformer"])
     assert torch.equal(built.pos_embed.pos_embed, stock.pos_embed.pos_embed)
 
 

@@ -23,7 +23,7 @@ def test_shapes_are_the_published_ones(shapes):
         "transformer": 610_856_096, "text_encoder": 4_762_310_656, "vae": 83_653_863,
         "text_embedding": 32128 * 4096, "transformer_lora_per_rank": 6_882_688 // 8,
         "text_encoder_lora_per_rank": 14_548_992 // 8, "blocks": 28, "width": 1152, "text_layers": 24,
-        "text_width": 4096, "pixels_per_token": 256, "image_size": 512,
+        "text_width": 4096, "vae_width": 128, "image_size": 512, "pixels_per_token": 256,
     }  # fmt: skip
 
 

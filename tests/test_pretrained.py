@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,8 +87,9 @@ def published(request, tiny_pixart, tmp_path_factory) -> Path:
 
 def test_the_published_layout_loads_and_nothing_is_held_twice(published, tiny_pixart, monkeypatch):
     reference = pretrained.load(tiny_pixart, torch.float32, CPU)
-    born = {}
-    for kind in (T5EncoderModel, AutoencoderKL, PixArtTransformer2DModel):
+    born: dict[str, set[str]] = {}
+    kinds: list[Any] = [T5EncoderModel, AutoencoderKL, PixArtTransformer2DModel]
+    for kind in kinds:
 
         @wraps(kind.__init__)  # diffusers reads the signature
         def watched(self, *args, original=kind.__init__, **kwargs):
@@ -96,7 +98,7 @@ def test_the_published_layout_loads_and_nothing_is_held_twice(published, tiny_pi
 
         monkeypatch.setattr(kind, "__init__", watched)
     model = pretrained.load(published, torch.float32, CPU)
-    assert born == {name: {"meta"} for name in ("T5EncoderModel", "AutoencoderKL", "PixArtTransformer2DModel")}
+    assert born == {kind.__name__: {"meta"} for kind in kinds}
     for part in ("text_encoder", "vae", "transformer"):
         ours, theirs = getattr(model, part).state_dict(), getattr(reference, part).state_dict()
         assert ours.keys() == theirs.keys()
