@@ -1,6 +1,5 @@
 """The options of medart.py: everything it can be told, with defaults, groups and checks."""
 
-import argparse
 import math
 import typing
 from collections.abc import Iterable
@@ -19,16 +18,8 @@ PATCH_PIXELS = 16  # PixArt's patches of 2 x 2 latents, each of 8 x 8 pixels
 
 
 def resolution(text: str) -> int | str:
-    """`512` -> 512, the side of a square; `384x640` (height x width) stays as it is written.
-
-    Raises:
-        ArgumentTypeError: if a side does not hold a whole number of the transformer's patches.
-    """
-    sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2 or any(side <= 0 or side % PATCH_PIXELS for side in sides):
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: give a multiple of {PATCH_PIXELS} such as 512, or height x width such as 384x640"
-        )
+    """`512` -> 512, the side of a square; `384x640` (height x width) stays as it is written; else a ValueError."""
+    sides = [int(side) for side in text.split("x", 1)]
     return sides[0] if len(sides) == 1 else text
 
 
@@ -218,6 +209,12 @@ class MedArtOptions:
             raise UserError(
                 f"--hldf_batch_size {self.hldf_batch_size} is more than --train_batch_size {self.train_batch_size}; "
                 "the images of the colour loss are taken from the batch"
+            )
+        sides = image_sides(self.resolution) if self.resolution is not None else PATCH_PIXELS
+        if any(side <= 0 or side % PATCH_PIXELS for side in (sides if isinstance(sides, tuple) else (sides,))):
+            raise UserError(
+                f"--resolution is {self.resolution}; give a multiple of {PATCH_PIXELS} such as 512, or height x width "
+                "such as 384x640"
             )
         if self.random_weights and self.pretrained_model_name_or_path:
             raise UserError("--random_weights takes no --pretrained_model_name_or_path; leave one of them out")

@@ -1,6 +1,5 @@
 """Options from the command line and from files."""
 
-import argparse
 import json
 
 import pytest
@@ -59,6 +58,9 @@ def test_a_value_of_a_wrong_type_in_a_file_is_an_error(tmp_path, capsys):
 
 def test_resolution_is_a_side_or_height_x_width():
     assert image_sides(resolution("512")) == 512 and image_sides(resolution("384x640")) == (384, 640)
-    for wrong in ("500", "0", "64x64x64", "64x-32"):
-        with pytest.raises(argparse.ArgumentTypeError):
+    for wrong in ("500", "0", "64x-32"):
+        with pytest.raises(UserError, match="multiple of 16"):
+            parse(f"--resolution={wrong}")
+    for wrong in ("64x64x64", "large"):
+        with pytest.raises(ValueError, match="invalid literal"):
             resolution(wrong)

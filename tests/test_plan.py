@@ -58,7 +58,7 @@ def test_a_smaller_card_has_no_looser_preset(shapes):
 
 def test_the_whole_rollout_without_checkpoints_fits_no_card(shapes):
     memory = plan.predict(shapes, hldf_checkpointing="none")
-    assert memory["HLDF step"] > 73 and memory["peak"] > 80 * GIB
+    assert memory["HLDF step"] > 62 and memory["peak"] > 0.9 * 80 * GIB
 
 
 def test_what_each_choice_costs(shapes):

@@ -175,9 +175,8 @@ def test_checkpointing_alternates_and_changes_no_gradient(tiny_pixart):
     parameters = [p for part in (model.text_encoder, model.transformer) for p in lora.trainable_parameters(part)]
     latents, timesteps, conditions = torch.randn(2, 4, 4, 4), torch.tensor([10, 500]), {}
     gradients, saved = [], []
-    for switch in (None, pretrained.enable_gradient_checkpointing, pretrained.disable_gradient_checkpointing):
-        if switch:
-            switch(model)
+    for wanted in (False, True, False):
+        pretrained.set_gradient_checkpointing(model, wanted)
         count = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, count=count: count.append(1) or t, lambda t: t):
             embeds, mask = encode_prompts(model.tokenizer, model.text_encoder, CAPTIONS)
