@@ -5,13 +5,14 @@ OLD_PYTHON := '$(PYTHON)' is not Python 3.11 or newer: name one, as in PYTHON=/u
 LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench nano figures
+.PHONY: help demo test lint bench soak nano figures
 
 help:
 	@echo "make demo     fine-tune the bundled model on chest X-rays, 15 minutes on 2 cores -> medart/demo.png"
 	@echo "make test     run the tests"
 	@echo "make lint     check style and types"
-	@echo "make bench    time one HLDF step; the last line is JSON"
+	@echo "make bench    time ordinary and HLDF steps beside a plain baseline; the last line is JSON"
+	@echo "make soak     the long campaigns: resumes, kills, a step at full size (an hour; 24 GB of memory)"
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
 	@echo "make figures  run the demo and copy its picture into img/ for the README"
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
@@ -28,7 +29,12 @@ lint: .venv/.installed-dev
 	.venv/bin/pyright --pythonpath $(PY)
 
 bench: .venv/.installed
-	$(PY) benchmarks/hldf_step.py
+	$(PY) benchmarks/medart_step.py
+
+# -m "" also takes the cases that `make test` has of these campaigns.
+soak: .venv/.installed-dev
+	$(PY) -m pytest -q -s -m "" tests/test_soak.py
+	$(PY) -m pytest -q -s -m slow --ignore=tests/test_soak.py
 
 # Each recipe reads what the one before it wrote.
 nano: .venv/.installed

@@ -20,9 +20,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from medart_core import lora_file, pretrained
+from medart_core import full_size, lora_file, pretrained
 from medart_core.checkpoint import FINISHED, OPTIONS
 from medart_core.errors import UserError, exit_codes
+from medart_core.medart_options import image_sides, resolution
 from medart_core.pictures import image_grid
 from medart_core.sampling import sample_images
 
@@ -48,6 +49,9 @@ def parse_options() -> argparse.Namespace:
         "--lora", type=Path, metavar="PATH", help="output folder of medart.py, a checkpoint in it, or a .safetensors"
     )
     model.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="the LoRA's strength (default: 1)")
+    model.add_argument(
+        "--random-weights", action="store_true", help="the published model's shapes without a download; draws noise"
+    )
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint")
     model.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     sampler = parser.add_argument_group("sampler")
@@ -55,7 +59,12 @@ def parse_options() -> argparse.Namespace:
         "--num-inference-steps", type=int, default=20, metavar="N", help="DPM-Solver++ steps (default: 20)"
     )
     sampler.add_argument("--cfg-scale", type=float, default=4.5, metavar="X", help="guidance (default: 4.5; 1: none)")
-    sampler.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images (default: as trained)")
+    sampler.add_argument(
+        "--image-size",
+        type=resolution,
+        metavar="PIXELS",
+        help="side, or height x width: 384x640 (default: as the model)",
+    )
     sampler.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (default: 4)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="new folder (default: the next free results/sample-NNN)"
@@ -79,8 +88,8 @@ def choose_family(options: argparse.Namespace, run: Path = DEFAULT_RUN) -> tuple
     """`DiT` or `PixArt`, and the reason to print; sets `options.lora` when a finished run is taken up."""
     if (options.model or "").startswith("DiT-") or options.ckpt or options.class_labels:
         return "DiT", "DiT, because of --model, --ckpt or --class-labels"
-    if options.prompt or options.prompts or options.lora or options.model:
-        return "PixArt", "PixArt, because of --prompt, --prompts, --lora or --model"
+    if options.prompt or options.prompts or options.lora or options.model or options.random_weights:
+        return "PixArt", "PixArt, because of --prompt, --prompts, --lora, --model or --random-weights"
     if (run / FINISHED).is_file():
         size = read_json(run / OPTIONS).get("resolution") or pretrained.NANO_SIZE
         if options.image_size in (None, size):
@@ -107,7 +116,11 @@ def choose_prompts(options: argparse.Namespace) -> list[str]:
 def load_model(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> pretrained.PixArt:
     """The base model with the LoRA on it."""
     adapters = lora_file.read(options.lora) if options.lora else {}
-    model = pretrained.load(options.model or lora_file.base_model(adapters), dtype, device)
+    name = options.model or lora_file.base_model(adapters)
+    if options.random_weights or name == full_size.NAME:
+        model = full_size.build_random(dtype, device)
+    else:
+        model = pretrained.load(name, dtype, device)
     lora_file.apply(model, adapters, options.lora_scale)
     return model
 
@@ -148,9 +161,10 @@ def main() -> None:
     if remark:
         print(remark)
     model = load_model(options, dtype, device)
-    size = options.image_size or model.image_size
-    if size % (2 * model.vae_scale_factor):
-        raise UserError(f"--image-size {size} does not fit the model; give a multiple of {2 * model.vae_scale_factor}")
+    size = image_sides(options.image_size or model.image_size)
+    step = 2 * model.vae_scale_factor
+    if any(side <= 0 or side % step for side in (size if isinstance(size, tuple) else (size,))):
+        raise UserError(f"--image-size {options.image_size} does not fit the model; give a multiple of {step}")
     jobs = [(prompt, options.seed + n) for prompt in prompts for n in range(options.num_images)]
     images = sample_images(
         model,
@@ -172,7 +186,7 @@ def main() -> None:
             table.writerow([f"{number:06d}.png", *job])
     columns = options.num_images
     rows = [pictures[start : start + columns] for start in range(0, len(pictures), columns)]
-    image_grid(rows, row_names=prompts, cell=min(size, 256)).save(out / "grid.png")
+    image_grid(rows, row_names=prompts, cell=min(pictures[0].width, 256)).save(out / "grid.png")
     print(f"{len(pictures)} images, samples.csv and grid.png in {out}")
 
 

@@ -11,9 +11,12 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def exit_codes() -> Iterator[None]:
-    """Turn a `UserError` into one line on stderr and exit code 2, without a traceback."""
+    """Turn a `UserError` into one line on stderr and exit code 2, Ctrl-C into 130, both without a traceback."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -165,6 +165,10 @@ def save(model: nn.Module, folder: Path) -> None:
     if isinstance(model, PeftModel):
         # Embeddings are never trained here; "auto" would look for the base model's vocabulary on the hub.
         model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+        file = folder / "adapter_config.json"
+        config = json.loads(file.read_text())
+        config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in another order each time
+        file.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def find(folder: Path) -> tuple[Path | None, Path | None]:

@@ -31,7 +31,7 @@ WORKSPACE_GB = 1.1  # CUDA's context, and what lives within one operation
 HLDF_CHECKPOINTING = ("none", "blocks", "nested")
 
 # Options for a card of so many GiB at batch 1, 512 px and 120 tokens: quantised only where it must be, and recomputed
-# only what would not fit. (The whole rollout without checkpoints takes 67 GB by itself, which leaves 80 GiB no margin.)
+# only what would not fit. (The whole rollout without checkpoints takes 67 GB by itself: no margin in 80 GiB.)
 PRESETS: dict[str, dict[str, Any]] = {
     "8gb": {"text_encoder_quantization": "nf4", "gradient_checkpointing": True, "hldf_checkpointing": "nested"},
     "12gb": {"text_encoder_quantization": "nf4", "gradient_checkpointing": False, "hldf_checkpointing": "blocks"},

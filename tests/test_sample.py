@@ -48,6 +48,22 @@ def test_a_finished_run_of_the_asked_size_comes_first(monkeypatch, tmp_path, arg
     assert expected in family(monkeypatch, tmp_path, *arguments)[1]
 
 
+def test_random_weights_are_for_who_asks_and_for_loras_made_on_them(monkeypatch):
+    monkeypatch.setattr(sample.full_size, "build_random", lambda *_: "random")
+    monkeypatch.setattr(sample.pretrained, "load", lambda name, *_: name)
+    monkeypatch.setattr(sample.lora_file, "apply", lambda *_: None)
+    where = torch.float32, torch.device("cpu")
+    for arguments, base, expected in (
+        (["--random-weights"], None, "random"),
+        (["--lora", "x"], sample.full_size.NAME, "random"),
+        (["--lora", "x"], "some/model", "some/model"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
+        monkeypatch.setattr(sample.lora_file, "read", lambda _: {})
+        monkeypatch.setattr(sample.lora_file, "base_model", lambda _, base=base: base)
+        assert sample.load_model(sample.parse_options(), *where) == expected
+
+
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, arguments)])
     sample.main()
