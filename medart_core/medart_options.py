@@ -133,7 +133,7 @@ class MedArtOptions:
     validation_prompt: list[str] | None = option(  # noqa: RUF009 (a mutable annotation, not a mutable default)
         None, "output", "prompts of the sample grids (default: from the data)"
     )
-    num_validation_images: int = option(4, "output", "images per prompt in the sample grids")
+    num_validation_images: int = option(4, "output", "images per prompt in the sample grids; 0: no grids")
     validation_steps: int = option(
         500, "output", "optimiser steps between sample grids and validation losses; 0: none but the first and last"
     )
@@ -182,7 +182,6 @@ class MedArtOptions:
             "max_token_length",
             "checkpointing_steps",
             "logging_steps",
-            "num_validation_images",
             "max_validation_samples",
             "max_grad_norm",
             "learning_rate",
@@ -200,7 +199,7 @@ class MedArtOptions:
             if getattr(self, name) <= 0:
                 hint = " (to train without the colour loss: --no_hldf)" if name in ("N_steps", "M_times") else ""
                 raise UserError(f"--{name} is {getattr(self, name)}; give a number above 0{hint}")
-        for name in ("seed", "noise_offset"):
+        for name in ("seed", "noise_offset", "num_validation_images"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; give 0 or more")
         if not 0 <= self.proportion_empty_prompts <= 1:

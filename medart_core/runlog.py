@@ -66,10 +66,12 @@ class RunLog:
 
     def grid(self, model: PixArt, step: int) -> None:
         """Write samples/step-<step>.png: a row per prompt, from the same noise at every step."""
+        if not self.opts.num_validation_images:
+            return
         count, size = self.opts.num_validation_images, image_sides(self.opts.resolution or model.image_size)
         seeds = [self.opts.seed + column for column in range(count)] * len(self.prompts)
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
-        images = sample_images(model, repeated, seeds, image_size=size)
+        images = sample_images(model, repeated, seeds, image_size=size, batch_size=min(4, len(seeds)))
         pictures = [Image.fromarray(image.numpy()) for image in images]
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         picture = image_grid(rows, row_names=self.prompts, cell=min(pictures[0].width, 256))
@@ -81,6 +83,7 @@ class RunLog:
     def model_card(self, settings: Mapping, step: int) -> None:
         """Write README.md: what was trained on what, with which options, and how to use it."""
         used = {name: value for name, value in settings.items() if value is not None}
+        samples = f"![samples, the same noise as before the first step](samples/step-{step:06d}.png)\n"
         lines = [f"| `{name}` | `{value}` |" for name, value in used.items()]
         card = f"""---
 base_model: {settings["pretrained_model_name_or_path"]}
@@ -90,8 +93,7 @@ tags: [text-to-image, pixart-alpha, lora, medical]
 
 Made with Med-Art's `medart.py`. Not for diagnosis. Check the licence of the data before you share this.
 
-![samples, the same noise as before the first step](samples/step-{step:06d}.png)
-
+{samples if self.opts.num_validation_images else ""}
     python sample.py --lora {self.folder} --prompt "{self.prompts[0]}"
 
 | option | value |

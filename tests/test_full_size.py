@@ -127,7 +127,7 @@ def test_one_ordinary_and_one_hldf_step_on_the_cpu(shapes, x_rays, tmp_path):
     flags = [
         "--random_weights", f"--dataset_name={x_rays}", f"--resolution={512 if shapes == 'published' else 64}",
         "--gradient_checkpointing", "--mixed_precision=bf16", "--use_8bit_adam", "--M_times=2", "--N_steps=2",
-        "--max_train_steps=2", "--num_validation_images=1", "--validation_prompt=a chest", "--report_to=none",
+        "--max_train_steps=2", "--num_validation_images=0", "--report_to=none",
         "--logging_steps=1", f"--output_dir={tmp_path / 'out'}",
     ]  # fmt: skip
     done, peak_gb = peak_rss_gb(["-c", start, *flags])
