@@ -20,12 +20,16 @@ SHORT = "an endoscopic image of dyed lifted polyps"
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers of the transformer and of T5, width of both, side of the latents (patches of 2 x 2)."""
+    """Layers of the transformer and of T5, width of both, side of the latents (in patches of 2 x 2), VAE's widths."""
 
     layers: int
     text_layers: int
     width: int
     side: int
+    vae_channels: tuple[int, ...] = (32, 32, 32, 32)
+
+
+PUBLISHED_VAE = (128, 256, 512, 512)
 
 
 def write_pipeline(folder: Path, shape: Shape) -> None:
@@ -42,8 +46,8 @@ def write_pipeline(folder: Path, shape: Shape) -> None:
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
         up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
-        block_out_channels=(32,) * 4,  # pyright: ignore[reportArgumentType]
-        latent_channels=4, norm_num_groups=8, sample_size=8 * shape.side,
+        block_out_channels=shape.vae_channels,  # pyright: ignore[reportArgumentType]
+        layers_per_block=2, latent_channels=4, norm_num_groups=8, sample_size=8 * shape.side,
     )  # fmt: skip
     transformer = PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=HEAD, num_layers=shape.layers, cross_attention_dim=width,

@@ -71,12 +71,10 @@ def sample_latents(
         prompt_attention_mask = torch.cat([negative_prompt_attention_mask, prompt_attention_mask])
     dtype = _network_dtype(transformer, latents)
     graph_steps = _graph_steps(gradient, num_inference_steps, k, generator)
-    with contextlib.nullcontext() if graph_steps else torch.no_grad():
-        prompt = prompt_arguments(transformer, prompt_embeds.to(dtype))
     predict = partial(
         _predict_noise,
         transformer=transformer,
-        prompt=prompt,
+        prompt=prompt_arguments(transformer, prompt_embeds.to(dtype)),
         prompt_attention_mask=prompt_attention_mask,
         guidance_scale=guidance_scale if guided else None,
         added_cond_kwargs=_size_conditions(transformer, latents, len(prompt_embeds), dtype),

@@ -1,0 +1,51 @@
+"""`make bench` end to end on tiny networks: its losses agree, its last line is JSON, its meter counts right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+
+def test_the_quick_benchmark_compares_both_steps_and_ends_with_json(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "medart_step.py"), "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    ordinary, hldf = document["ordinary"]["steps"], document["hldf"]["steps"]
+    # Counts don't depend on how busy the machine is.
+    assert ordinary["ours"]["operations"] < 0.8 * ordinary["baseline"]["operations"]
+    assert hldf["ours, full"]["operations"] < 0.8 * hldf["baseline"]["operations"]
+    assert {f"ours, {mode}" for mode in ("full", "last_k", "sparse", "one_step")} < hldf.keys()
+    assert document["bars"]["HLDF peak memory, share"]["measured"] < 0.7
+    assert all(row["seconds_median"] > 0 for row in (*ordinary.values(), *hldf.values()))
+
+
+def test_losses_that_differ_stop_the_benchmark():
+    import medart_step
+    import pytest
+
+    steps = {"baseline": lambda: (1.0, 2.0), "ours": lambda: (1.0, torch.tensor(2.1))}
+    with pytest.raises(SystemExit, match="ours: losses"):
+        medart_step.check_losses(steps, torch.bfloat16)
+    medart_step.check_losses({**steps, "ours": lambda: (1.001, 2.001)}, torch.bfloat16)
+
+
+def test_the_meter_counts_operations_and_the_peak_of_living_tensors():
+    from measure import count
+
+    def step() -> None:
+        a = torch.ones(1000)  # 4 kB
+        b = a.view(10, 100) + 1
+        del a
+        c = b * b
+        assert c.sum().item() == 4000
+
+    counted = count(step)
+    assert counted["operations"] == 5  # ones, add, mul, sum, item; no view
+    assert counted["peak_mb"] == 0.0  # 8 kB
+    assert count(lambda: torch.ones(10**6) + torch.ones(10**6))["peak_mb"] == 12.0
