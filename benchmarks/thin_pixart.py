@@ -10,7 +10,6 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from medart_core import compilation, lean_lora, lora, pretrained
 from medart_core.latents import encode_moments
-from medart_core.run import adamw
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAD = 64  # width of an attention head
@@ -93,12 +92,12 @@ def make_trainer(
     parameters = [*lora.trainable_parameters(model.transformer), *lora.trainable_parameters(model.text_encoder)]
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.02)
-    if lean:
-        lean_lora.enable(model.transformer)
-        lean_lora.enable(model.text_encoder)
+    if not lean:
+        lean_lora.disable(model.transformer)
+        lean_lora.disable(model.text_encoder)
     if compiled:
         compilation.enable(model)
-    return Trainer(model, parameters, adamw(parameters, 1e-5, (0.9, 0.999), 1e-8, 1e-2, use_8bit=False), dtype)
+    return Trainer(model, parameters, torch.optim.AdamW(parameters, 1e-5, fused=True), dtype)
 
 
 @dataclass(frozen=True)

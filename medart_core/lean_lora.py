@@ -51,3 +51,10 @@ def enable(model: nn.Module) -> int:
     for layer in layers:
         layer.__class__ = LeanLinear
     return len(layers)
+
+
+def disable(model: nn.Module) -> None:
+    """Give the layers PEFT's own forward back, to compare with."""
+    for module in model.modules():
+        if type(module) is LeanLinear:
+            module.__class__ = Linear

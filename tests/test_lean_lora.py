@@ -5,7 +5,6 @@ import copy
 import peft
 import pytest
 import torch
-from peft.tuners.lora import Linear
 from torch import nn
 
 from medart_core import compilation, lean_lora, lora, pretrained
@@ -164,9 +163,7 @@ def model(tiny_pixart) -> pretrained.PixArt:
     model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, RANK)
     model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, RANK)
     for network in (model.transformer, model.text_encoder):
-        for layer in network.modules():
-            if type(layer) is LeanLinear:
-                layer.__class__ = Linear  # as PEFT made it, before `attach` changed it
+        lean_lora.disable(network)  # which `attach` has enabled
         with torch.no_grad():
             for parameter in lora.trainable_parameters(network):
                 parameter.normal_(std=0.1)
