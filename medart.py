@@ -45,6 +45,7 @@ from medart_core.errors import UserError, exit_codes
 from medart_core.medart_options import FREE_ON_RESUME, MedArtOptions, image_sides
 from medart_core.objectives import color_distribution_loss, color_report
 from medart_core.options import parse
+from medart_core.overlay import content_mask
 from medart_core.pretrained import PixArt
 from medart_core.run import Run
 from medart_core.runlog import RunLog
@@ -96,7 +97,8 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     pretrained.set_gradient_checkpointing(model, opts.hldf_checkpointing != "none")
     with accelerator.autocast():
         generated = sample_with_gradient(model, captions, real.shape[-2:], draws, opts)
-    loss = color_distribution_loss(generated, real)
+    masks = [content_mask(images) for images in (generated, real)] if opts.mask_overlay else []
+    loss = color_distribution_loss(generated, real, *masks)
     weight = 1 / opts.M_times if opts.color_loss_weight is None else opts.color_loss_weight
     if loss.requires_grad:
         (weight * loss).backward()
@@ -104,7 +106,7 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     grad_norm = lora.gradients(parameters).sub_(before).norm()
     if weight and grad_norm == 0:
         raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
-    return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated.detach(), real)}
+    return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated, real, *masks)}
 
 
 def show(model: PixArt, noise_scheduler, held_out, step: int, log: RunLog, accelerator: Accelerator, opts) -> None:
@@ -167,9 +169,7 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
     return 0
 
 
-def dry_run(
-    opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, max_steps: int, hldf_updates: int
-) -> int:
+def dry_run(opts, accelerator: Accelerator, run: Run, dataset, max_steps: int, hldf_updates: int) -> int:
     """Measure 3 ordinary steps and 1 with HLDF after a first one that warms up, print them, and write nothing."""
     timed = plan.TimedRun(**vars(run))
     train(replace(opts, N_steps=4), accelerator, timed, dataset, [], 5, None)

@@ -1,5 +1,6 @@
 """The losses: tensors in, tensors out."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,13 +31,23 @@ def min_snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float) -> 
     return snr.clamp(max=gamma) / snr
 
 
-def color_statistics(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of each colour channel over the pixels, in fp32: two (B, 3)."""
+def color_statistics(pixels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased standard deviation of each colour channel over the pixels, in fp32: two (B, 3).
+
+    Args:
+        pixels: (B, 3, H, W).
+        mask: (B, 1, H, W) bool, the pixels that count, at least two of an image; all by default.
+    """
     flat = pixels.float().flatten(2)
-    return flat.mean(dim=2), flat.std(dim=2)
+    if mask is None:
+        return flat.mean(dim=2), flat.std(dim=2)
+    kept = [image[:, keep] for image, keep in zip(flat, mask.flatten(1), strict=True)]
+    return torch.stack([image.mean(dim=1) for image in kept]), torch.stack([image.std(dim=1) for image in kept])
 
 
-def color_distribution_loss(generated: Tensor, real: Tensor) -> Tensor:
+def color_distribution_loss(
+    generated: Tensor, real: Tensor, generated_mask: Tensor | None = None, real_mask: Tensor | None = None
+) -> Tensor:
     """Squared distance of the per-channel means and standard deviations, summed over channels, mean over images.
 
     L_color of Med-Art (arXiv:2506.20449): image i of `generated` is held against image i of `real`.
@@ -44,9 +55,10 @@ def color_distribution_loss(generated: Tensor, real: Tensor) -> Tensor:
     Args:
         generated: (B, 3, H, W) in about [-1, 1], not clamped.
         real: (B, 3, H', W') in [-1, 1].
+        generated_mask, real_mask: (B, 1, H, W) and (B, 1, H', W') bool, the pixels that count; all by default.
     """
-    generated_mean, generated_std = color_statistics(generated)
-    real_mean, real_std = color_statistics(real)
+    generated_mean, generated_std = color_statistics(generated, generated_mask)
+    real_mean, real_std = color_statistics(real, real_mask)
     per_channel = (generated_mean - real_mean).square() + (generated_std - real_std).square()
     return per_channel.sum(dim=1).mean()
 
@@ -57,11 +69,14 @@ def chroma(pixels: Tensor) -> Tensor:
     return (values.amax(dim=1) - values.amin(dim=1)).mean(dim=(1, 2))
 
 
-def color_report(generated: Tensor, real: Tensor) -> dict[str, Tensor]:
+@torch.no_grad()
+def color_report(
+    generated: Tensor, real: Tensor, generated_mask: Tensor | None = None, real_mask: Tensor | None = None
+) -> dict[str, Tensor]:
     """What a log keeps of one colour comparison: mean and std per channel of both sides, averaged over images."""
     report = {}
-    for side, pixels in (("generated", generated), ("real", real)):
-        for statistic, values in zip(("mean", "std"), color_statistics(pixels), strict=True):
+    for side, pixels, mask in (("generated", generated, generated_mask), ("real", real, real_mask)):
+        for statistic, values in zip(("mean", "std"), color_statistics(pixels, mask), strict=True):
             for channel, value in zip("rgb", values.mean(dim=0), strict=True):
                 report[f"{side}_{statistic}_{channel}"] = value
     return report

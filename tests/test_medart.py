@@ -183,6 +183,25 @@ def test_the_colour_loss_weight_does_not_depend_on_the_number_of_images(run, fla
     assert weights == [1, 2]
 
 
+def test_mask_overlay_leaves_a_black_border_out_of_the_colours_and_trains(run, flags, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    frame = Image.new("RGB", (32, 32))
+    frame.paste((190, 90, 70), (6, 6, 26, 26))
+    for name in "ab":
+        frame.save(data / f"{name}.png")
+    (data / "metadata.csv").write_text("file_name,text\na.png,a polyp\nb.png,a polyp\n")
+    first = {}
+    for name, extra in (("plain", []), ("masked", ["--mask_overlay"])):
+        out = tmp_path / name
+        run(*flags, f"--dataset_name={data}", "--max_train_steps=1", *extra, f"--output_dir={out}")
+        first[name] = entries(out)[0]
+    assert first["masked"]["real_mean_r"] == pytest.approx(190 / 127.5 - 1, abs=0.01)
+    assert first["masked"]["real_std_r"] == pytest.approx(0, abs=0.01) and first["plain"]["real_mean_r"] < 0
+    assert first["masked"]["loss_color"] != first["plain"]["loss_color"]
+    assert first["masked"]["grad_norm_hldf"] > 0
+
+
 def test_cached_latents_train_alike(run, flags, tmp_path):
     for name, extra in (("cached", ["--cache_latents"]), ("plain", [])):
         run(*flags, "--center_crop", *extra, f"--output_dir={tmp_path / name}")

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from medart_core.objectives import chroma, color_distribution_loss, color_report, noise_prediction_loss
+from medart_core.objectives import (
+    chroma,
+    color_distribution_loss,
+    color_report,
+    color_statistics,
+    noise_prediction_loss,
+)
 
 
 def test_color_loss_is_the_formula_of_the_paper():
@@ -36,6 +42,41 @@ def test_color_loss_pairs_image_i_with_image_i():
     assert color_distribution_loss(pair.flip(0), pair).item() == pytest.approx(3)
 
 
+def test_without_masks_the_loss_is_the_plain_one_bit_for_bit():
+    generated, real = torch.randn(2, 3, 9, 7), torch.randn(2, 3, 8, 8)
+    a, b = generated.flatten(2), real.flatten(2)
+    plain = ((a.mean(dim=2) - b.mean(dim=2)).square() + (a.std(dim=2) - b.std(dim=2)).square()).sum(dim=1).mean()
+    assert torch.equal(color_distribution_loss(generated, real), plain)
+
+
+def test_masked_loss_and_gradient_are_those_of_the_cropped_content():
+    """A different rectangle counts in each image; nothing outside it has a gradient."""
+    generated, real = torch.randn(2, 3, 12, 10, requires_grad=True), torch.randn(2, 3, 8, 8)
+    real_mask = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
+    real_mask[:, :, 1:7, 2:8] = True
+    mask = torch.zeros(2, 1, 12, 10, dtype=torch.bool)
+    crops = [(slice(2, 9), slice(1, 8)), (slice(0, 12), slice(3, 10))]
+    for index, (rows, columns) in enumerate(crops):
+        mask[index, :, rows, columns] = True
+    masked = color_distribution_loss(generated, real, mask, real_mask)
+    [gradient] = torch.autograd.grad(masked, generated)
+    cropped = [
+        color_distribution_loss(generated[[index], :, rows, columns], real[[index], :, 1:7, 2:8])
+        for index, (rows, columns) in enumerate(crops)
+    ]
+    assert masked.item() == pytest.approx(torch.stack(cropped).mean().item(), rel=1e-6)
+    [expected] = torch.autograd.grad(torch.stack(cropped).mean(), generated)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient.masked_select(~mask).count_nonzero() == 0 < gradient.count_nonzero()
+
+
+def test_a_single_colour_within_the_mask_has_a_finite_gradient():
+    flat = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    color_distribution_loss(flat, torch.rand(1, 3, 4, 4), mask, mask).backward()
+    assert flat.grad is not None and flat.grad.isfinite().all()
+
+
 def test_noise_loss_drops_the_learned_sigma():
     noise, wild = torch.randn(2, 4, 3, 3), torch.full((2, 4, 3, 3), 1e3)
     assert noise_prediction_loss(torch.cat([noise + 1, wild], dim=1), noise).item() == pytest.approx(1, rel=1e-5)
@@ -51,3 +92,12 @@ def test_chroma_of_grey_is_zero_and_of_red_is_the_range():
 def test_color_report_names_every_statistic_of_both_sides():
     report = color_report(torch.rand(1, 3, 4, 4), torch.rand(1, 3, 4, 4))
     assert len(report) == 12 and {"generated_mean_r", "real_std_b"} <= report.keys()
+
+
+def test_color_report_counts_the_masked_pixels_and_keeps_no_graph():
+    pixels, mask = torch.randn(1, 3, 4, 4, requires_grad=True), torch.rand(1, 1, 4, 4) < 0.5
+    mask[..., 0] = True
+    report = color_report(pixels, pixels, None, mask)
+    mean, _ = color_statistics(pixels, mask)
+    assert report["real_mean_g"].item() == mean[0, 1].item() != report["generated_mean_g"].item()
+    assert not any(value.requires_grad for value in report.values())
