@@ -71,6 +71,12 @@ def test_text_on_the_border_and_specks_are_border():
     assert share_of_errors(mask_of(image), octagon(512)) < 0.005
 
 
+def test_a_label_on_the_border_does_not_hide_the_black_behind_it():
+    image, label = frame(), rectangle(4, 14, 4, 14)
+    paint(image, label, WHITE)
+    assert share_of_errors(mask_of(image), octagon() | label) < 0.005
+
+
 @pytest.mark.parametrize("flips", [(), (0,), (1,), (0, 1)])
 @pytest.mark.parametrize("border", [True, False])
 def test_the_green_inset_is_left_out_in_every_corner(flips, border):
@@ -105,6 +111,14 @@ def test_pictures_without_border_keep_everything():
     tissue = (0.3 + 0.6 * smooth) * torch.tensor([1, 0.5, 0.4])[:, None, None]
     for pictures in (tissue, meadow / 255, noise):
         assert content_mask(2 * pictures - 1).all()
+
+
+@pytest.mark.parametrize("green", [rectangle(0, SIDE, 0, 64), rectangle(2, 8, 2, 8)])
+def test_green_beyond_the_corner_and_a_green_spot_are_no_inset(green):
+    image = torch.empty(3, SIDE, SIDE)
+    paint(image, rectangle(0, SIDE, 0, SIDE), TISSUE)
+    paint(image, green, INSET_GREEN)
+    assert mask_of(image).all()
 
 
 def test_an_image_with_hardly_any_content_keeps_everything_and_others_are_not_touched():
