@@ -42,7 +42,15 @@ from medart_core import (
 )
 from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
-from medart_core.medart_options import FREE_ON_RESUME, MedArtOptions, image_sides
+from medart_core.medart_options import (
+    DATA_OPTIONS,
+    FREE_ON_RESUME,
+    LOSS_OPTIONS,
+    MODEL_OPTIONS,
+    OPTIMIZER_OPTIONS,
+    MedArtOptions,
+    image_sides,
+)
 from medart_core.objectives import color_distribution_loss, color_report
 from medart_core.options import parse
 from medart_core.overlay import content_mask
@@ -50,22 +58,9 @@ from medart_core.pretrained import PixArt
 from medart_core.run import Run
 from medart_core.runlog import RunLog
 from medart_core.seeds import SharedDraws
-from medart_core.text import encode_with_negative
+from medart_core.text import encode_with_negative, report_long_captions
 
 NOISE, ROLLOUT = 1, 2  # names of the random streams
-LOSS_OPTIONS = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
-MODEL_OPTIONS = (
-    "pretrained_model_name_or_path", "revision", "variant", "random_weights", "text_encoder_quantization", "seed",
-    "rank", "lora_alpha", "use_dora", "use_rslora", "no_text_encoder_lora", "gradient_checkpointing", "compile",
-)  # fmt: skip
-DATA_OPTIONS = (
-    "dataset_name", "validation_data_dir", "max_train_samples", "max_validation_samples",
-    "caption_column", "image_column", "revision", "cache_dir", "seed",
-)  # fmt: skip
-OPTIMIZER_OPTIONS = (
-    "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "use_8bit_adam",
-)  # fmt: skip
 
 
 def sample_with_gradient(model: PixArt, captions: list[str], size, draws: SharedDraws, opts: MedArtOptions) -> Tensor:
@@ -206,6 +201,8 @@ def main() -> int:
         say("\n".join(plan.describe(name, {"dtype": dtype, **opts.memory_options()})))
 
     model = trainable.build(dtype=dtype, device=accelerator.device, **opts.some(MODEL_OPTIONS))
+    captions = [example.caption for example in [*examples, *unseen]]
+    say(report_long_captions(model.tokenizer, captions, opts.max_token_length))
     size = image_sides(opts.resolution or model.image_size)
     dataset = data.CaptionDataset(examples, data.ImageTransform(size, opts.center_crop, opts.random_flip), opts.seed)
     held_out = data.CaptionDataset(unseen, data.ImageTransform(size, center_crop=True), opts.seed)
@@ -213,9 +210,8 @@ def main() -> int:
         dataset = latents.cache(dataset, model.vae, accelerator.autocast(), first)
     prompts = opts.validation_prompt or list(dict.fromkeys(example.caption for example in examples))[:4]
     if opts.no_text_encoder_lora:
-        captions = [*prompts, *(example.caption for example in [*examples, *unseen])]
         encoding = opts.max_token_length, accelerator.autocast(), first
-        model.text_encoder = text_cache.cache_embeddings(model, captions, *encoding)
+        model.text_encoder = text_cache.cache_embeddings(model, [*prompts, *captions], *encoding)
     per_step = opts.train_batch_size * accelerator.num_processes * opts.gradient_accumulation_steps
     max_steps = opts.max_train_steps or opts.num_train_epochs * math.ceil(len(dataset) / per_step)
     rates = opts.some(OPTIMIZER_OPTIONS) | {"scale": per_step if opts.scale_lr else 1}

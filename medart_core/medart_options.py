@@ -242,3 +242,18 @@ FREE_ON_RESUME = frozenset(
         "dry_run",
     ]
 )
+
+# Which options go to which part of the program.
+LOSS_OPTIONS = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
+MODEL_OPTIONS = (
+    "pretrained_model_name_or_path", "revision", "variant", "random_weights", "text_encoder_quantization", "seed",
+    "rank", "lora_alpha", "use_dora", "use_rslora", "no_text_encoder_lora", "gradient_checkpointing", "compile",
+)  # fmt: skip
+DATA_OPTIONS = (
+    "dataset_name", "validation_data_dir", "max_train_samples", "max_validation_samples",
+    "caption_column", "image_column", "revision", "cache_dir", "seed",
+)  # fmt: skip
+OPTIMIZER_OPTIONS = (
+    "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "use_8bit_adam",
+)  # fmt: skip

@@ -66,10 +66,11 @@ def parse(
         "--config", type=Path, metavar="FILE", help="options from a .toml or .json file, such as a run's options.json"
     )
     add_options(parser, options_type)
+    argv = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
     given = parser.parse_args(argv)
     if given.config:
         names = [item.name for item in dataclasses.fields(options_type)]
-        argv = [*read_config(given.config, names), *(sys.argv[1:] if argv is None else argv)]
+        argv = [*read_config(given.config, names), *argv]
         given = parser.parse_args(argv)
     if presets and given.preset:
         parser.set_defaults(**presets[given.preset])
@@ -77,6 +78,12 @@ def parse(
     options = options_type(**{name: value for name, value in vars(given).items() if name != "config"})
     options.check()
     return options
+
+
+def _underscores(word: str) -> str:
+    """`--random-weights=x-y` -> `--random_weights=x-y`: both spellings of an option's name are understood."""
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
 def read_config(file: Path, names: Sequence[str]) -> list[str]:

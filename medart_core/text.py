@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 MAX_TOKENS = 120  # PixArt-alpha was trained on 120 T5 tokens (arXiv:2310.00426, section 3.1)
@@ -58,6 +57,15 @@ def encode_with_negative(
     return embeds[:-1], mask[:-1], embeds[-1:].expand(count, -1, -1), mask[-1:].expand(count, -1)
 
 
-def count_tokens(tokenizer, captions: Sequence[str]) -> Tensor:
-    """Number of T5 tokens of each caption, end token included, untruncated: (B,) int64."""
-    return torch.tensor([len(ids) for ids in tokenizer([clean(caption) for caption in captions]).input_ids])
+def count_tokens(tokenizer, captions: Sequence[str]) -> list[int]:
+    """Number of T5 tokens of each caption, end token included, untruncated."""
+    return [len(ids) for ids in tokenizer([clean(caption) for caption in captions]).input_ids]
+
+
+def report_long_captions(tokenizer, captions: Sequence[str], max_token_length: int = MAX_TOKENS) -> str:
+    """One line on how many captions are cut, and which one is the longest."""
+    counts = count_tokens(tokenizer, captions)
+    longest = max(range(len(counts)), key=counts.__getitem__)
+    cut = sum(count > max_token_length for count in counts)
+    line = f"captions: at most {counts[longest]} tokens, {cut} of {len(counts)} are cut at {max_token_length}"
+    return f"{line}; shorten them, the longest is {captions[longest][:80]!r}..." if cut else line

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from medart_core import options
+from medart_core import options, plan
 from medart_core.errors import UserError
 from medart_core.medart_options import MedArtOptions, image_sides, resolution
 
@@ -23,6 +23,17 @@ def test_a_file_of_options_lies_under_the_command_line(tmp_path):
         True,
         ["a", "b c"],
     )
+
+
+def test_dashes_in_names_are_understood_and_those_in_values_kept():
+    opts = parse("--random-weights", "--output-dir=a-b", "--validation_prompt", "x-ray")
+    assert opts.random_weights and opts.output_dir == "a-b" and opts.validation_prompt == ["x-ray"]
+
+
+def test_a_preset_lies_under_the_command_line():
+    opts = options.parse(MedArtOptions, None, ["--preset=8gb", "--text_encoder_quantization=int8"], plan.PRESETS)
+    assert opts.gradient_checkpointing and opts.hldf_checkpointing == "nested"
+    assert opts.text_encoder_quantization == "int8"
 
 
 def test_a_runs_options_repeat_it(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from medart_core import pretrained
 from medart_core.errors import UserError
 from medart_core.sampling import initial_noise, sample_images
-from medart_core.text import clean, encode_prompts, encode_with_negative
+from medart_core.text import clean, encode_prompts, encode_with_negative, report_long_captions
 
 CAPTIONS = ["A chest X-ray image of normal lungs", "hazy", " A chest X-ray image of viral PNEUMONIA, dense and grey "]
 
@@ -25,6 +25,14 @@ def test_cleaning_is_that_of_the_stock_pipeline(model):
 
     stock = PixArtAlphaPipeline._text_preprocessing(None, CAPTIONS, clean_caption=False)  # type: ignore[arg-type]
     assert [clean(caption) for caption in CAPTIONS] == stock
+
+
+def test_captions_that_would_be_cut_are_reported(model):
+    lengths = [len(model.tokenizer(clean(caption)).input_ids) for caption in CAPTIONS]
+    fits = report_long_captions(model.tokenizer, CAPTIONS, max(lengths))
+    assert fits == f"captions: at most {max(lengths)} tokens, 0 of 3 are cut at {max(lengths)}"
+    cut = report_long_captions(model.tokenizer, CAPTIONS, max(lengths) - 1)
+    assert "1 of 3 are cut" in cut and repr(CAPTIONS[2]) in cut
 
 
 def test_embeddings_are_those_of_the_stock_pipeline(model):
