@@ -5,6 +5,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -66,9 +67,7 @@ def kvasir(path: Path) -> list[Picture]:
     glances = (open_image(io.BytesIO(p.read()), p.file_name, rough=GLANCE) for p in tqdm(pictures, "comparing images"))
     numbers = cluster(glances)
     largest = max(Counter(numbers).values())
-    print(
-        f"{len(pictures)} images form {max(numbers) + 1} clusters of near duplicates, the largest of {largest} images"
-    )
+    print(f"{len(pictures)} images form {max(numbers) + 1} clusters of near duplicates, the largest has {largest}")
     first: dict[int, str] = {}
     return [p._replace(group=first.setdefault(n, p.file_name)) for p, n in zip(pictures, numbers, strict=True)]
 
@@ -103,7 +102,7 @@ def _group(file_name: str, pattern: str) -> str:
 def isic(path: Path, table: Path | None = None) -> list[Picture]:
     """Dermoscopic images of ISIC 2017, labelled by the ground truth of task 3; `table` lies in `path` by default."""
     files = files_of(path)
-    where = {PurePosixPath(table): lambda: open(table, "rb")} if table else files
+    where = {PurePosixPath(table): partial(table.open, "rb")} if table else files
     rows = _rows(where, ISIC_COLUMNS)
     if not rows:
         raise UserError(f"{table or path} has no table with the columns {', '.join(ISIC_COLUMNS)}; give it with --csv")
@@ -159,7 +158,5 @@ def _listed(
         try:
             pictures.append(Picture(file_name, label(row), group(row), read))
         except (KeyError, ValueError) as error:
-            raise UserError(
-                f"the table of {path} has no known class for {row['image_id']} ({row}); mend it"
-            ) from error
+            raise UserError(f"{path}: the table gives {row['image_id']} no known class ({row}); mend it") from error
     return pictures
