@@ -80,7 +80,7 @@ def _walk(root: Path) -> dict[PurePosixPath, Callable[[], IO[bytes]]]:
 
 def _unzip(path: Path) -> dict[PurePosixPath, Callable[[], IO[bytes]]]:
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give a folder or a .zip with one folder per class")
+        raise UserError(f"{path} does not exist; give a folder or a .zip")
     try:
         archive = zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:

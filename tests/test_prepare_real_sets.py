@@ -6,6 +6,7 @@ import shutil
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -237,7 +238,7 @@ def test_ham10000_tables_that_are_tabbed_missing_or_faulty(ham, tmp_path):
 # --- DICOM ---
 
 
-def dicom(values: np.ndarray, photometric: str = "MONOCHROME2", **elements) -> bytes:
+def dicom(values: np.ndarray, photometric: str = "MONOCHROME2", **elements: Any) -> bytes:
     """A file as pydicom writes it: 16-bit signed grey levels, or 8-bit colour."""
     pydicom = pytest.importorskip("pydicom", reason="pydicom is optional; requirements-dev.txt has it")
     from pydicom.dataset import FileMetaDataset
@@ -246,7 +247,7 @@ def dicom(values: np.ndarray, photometric: str = "MONOCHROME2", **elements) -> b
     file.file_meta = FileMetaDataset()
     file.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID = pydicom.uid.SecondaryCaptureImageStorage
-    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = "1.2.3"
+    file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID = pydicom.uid.UID("1.2.3")
     file.PatientName = "Somebody"
     file.Rows, file.Columns = values.shape[:2]
     file.SamplesPerPixel = 3 if values.ndim == 3 else 1
@@ -282,7 +283,7 @@ def test_dicom_levels_without_a_window_span_the_range():
 
 def test_dicom_window_is_the_first_and_applies_after_rescaling():
     """PS3.3 C.11.2.1.2: black up to c - 0.5 - (w - 1) / 2, white above c - 0.5 + (w - 1) / 2, linear between."""
-    ends = {"RescaleSlope": 2, "RescaleIntercept": -100}  # -100, 100, 300, 500
+    ends: dict[str, Any] = {"RescaleSlope": 2, "RescaleIntercept": -100}  # -100, 100, 300, 500
     assert grey(dicom(LEVELS, WindowCenter=200.5, WindowWidth=401, **ends)) == [0, 64, 191, 255]
     assert grey(dicom(LEVELS, WindowCenter=[200.5, 0], WindowWidth=[401, 9], **ends)) == [0, 64, 191, 255]
     assert grey(dicom(LEVELS, "MONOCHROME1", WindowCenter=200.5, WindowWidth=401, **ends)) == [255, 191, 64, 0]
