@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import prepare
-from medart_core import prepared, sources
+from medart_core import packaged_sets, prepared, sources
 from medart_core.data import load_examples
 from medart_core.errors import UserError
 
@@ -42,7 +42,7 @@ def run(*arguments: object) -> None:
 def tree(tmp_path) -> Path:
     """The bundled X-rays with a folder per class."""
     for path in XRAYS:
-        folder = tmp_path / "tree" / prepare.xray_label(path.name).replace(" ", "-")
+        folder = tmp_path / "tree" / packaged_sets.xray_label(path.name).replace(" ", "-")
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder)
     return tmp_path / "tree"
@@ -71,11 +71,11 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
     ],
 )
 def test_patient_and_label_of_a_file_name(name, patient, label):
-    assert prepare.xray_patient(name) == patient and prepare.xray_label(name) == label
+    assert packaged_sets.xray_patient(name) == patient and packaged_sets.xray_label(name) == label
 
 
 def test_a_file_without_a_patient_is_refused():
-    assert "scan7.jpeg" in complaint(prepare.xray_patient, "scan7.jpeg")
+    assert "scan7.jpeg" in complaint(packaged_sets.xray_patient, "scan7.jpeg")
 
 
 def synthetic_names(patients: int) -> list[str]:
@@ -93,15 +93,15 @@ def test_no_patient_crosses_and_every_class_is_shared_out():
     names = synthetic_names(400) + [path.name for path in XRAYS]
     labels: dict[str, set[str]] = {}
     for name in names:
-        labels.setdefault(prepare.xray_patient(name), set()).add(prepare.xray_label(name))
+        labels.setdefault(packaged_sets.xray_patient(name), set()).add(packaged_sets.xray_label(name))
     split = prepared.split_patients(labels, seed=0)
     assert split.keys() == labels.keys()  # each patient has one place, whatever its files are called
     for name in names:
-        number = prepare.xray_patient(name).removeprefix("person").removeprefix("IM-")
+        number = packaged_sets.xray_patient(name).removeprefix("person").removeprefix("IM-")
         twins = [f"person{number}_bacteria_9.jpeg", f"person{number}_virus_8.jpeg"]
         if not name.startswith("person"):
             twins = [f"IM-{number}-0009.jpeg", f"NORMAL2-IM-{number}-0001-0002.jpeg"]
-        assert {split[prepare.xray_patient(twin)] for twin in twins} == {split[prepare.xray_patient(name)]}
+        assert {split[packaged_sets.xray_patient(twin)] for twin in twins} == {split[packaged_sets.xray_patient(name)]}
     for kind in {tuple(sorted(kinds)) for kinds in labels.values()}:
         members = [patient for patient in labels if tuple(sorted(labels[patient])) == kind]
         shares = [sum(split[patient] == part for patient in members) / len(members) for part in prepared.FRACTIONS]
@@ -161,9 +161,9 @@ def test_chest_xray_keeps_patients_and_drops_twins(tmp_path, package, capsys):
         rows = rows_of(made / split)
         assert len(rows) == sum(counts.values()) == len(list((made / split).glob("*.jpeg")))
         for row in rows:
-            places.setdefault(prepare.xray_patient(row["file_name"]), set()).add(split)
+            places.setdefault(packaged_sets.xray_patient(row["file_name"]), set()).add(split)
             assert row["text"] == f"A chest X-ray image of {row['label']}"
-            assert row["label"] == prepare.xray_label(row["file_name"])
+            assert row["label"] == packaged_sets.xray_label(row["file_name"])
             [original] = [path for path in XRAYS if path.name == row["file_name"]]
             assert (made / split / row["file_name"]).read_bytes() == original.read_bytes()
     assert places == {patient: {split} for patient, split in record["groups"].items()} and len(places) == 8
@@ -190,7 +190,7 @@ COLOURS = {
 
 @pytest.mark.parametrize("name", COLOURS)
 def test_colours_have_their_names(name):
-    assert prepare.dominant_colour(Image.new("RGB", (4, 4), COLOURS[name])) == name
+    assert packaged_sets.dominant_colour(Image.new("RGB", (4, 4), COLOURS[name])) == name
 
 
 def test_mean_lab_matches_known_colours():
@@ -201,7 +201,7 @@ def test_mean_lab_matches_known_colours():
         "red": (53.24, 80.09, 67.20),
         "blue": (32.30, 79.19, -107.86),
     }.items():
-        assert prepare.mean_lab(Image.new("RGB", (2, 2), colour)) == pytest.approx(lab, abs=0.1)
+        assert packaged_sets.mean_lab(Image.new("RGB", (2, 2), colour)) == pytest.approx(lab, abs=0.1)
 
 
 def test_dermoscopy_pairs_stay_together_also_through_a_common_patch(tmp_path, package, capsys):
