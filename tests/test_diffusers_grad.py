@@ -319,8 +319,9 @@ def test_compiled_blocks_serve_the_rollout_with_one_graph_for_all() -> None:
     torch._dynamo.utils.counters.clear()
     for block in transformer.transformer_blocks[1:]:
         block.compile(backend="eager")
-    actual = sample_latents(transformer, make_scheduler(), *inputs, num_inference_steps=3)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        actual = sample_latents(transformer, make_scheduler(), *inputs, num_inference_steps=3)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

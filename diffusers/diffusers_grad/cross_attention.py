@@ -39,9 +39,10 @@ def prompt_arguments(transformer: nn.Module, prompt_embeds: Tensor) -> dict[str,
     caption = cast(nn.Module, pixart.caption_projection)(prompt_embeds)
     key_values = []
     for index, block in enumerate(cast(Any, pixart.transformer_blocks)):
-        block.__class__, block.index = PromptBlock, index
-        for attention in (block.attn1, block.attn2):
-            attention.set_processor(PromptProcessor())
+        if not isinstance(block, PromptBlock):
+            block.__class__, block.index = PromptBlock, index
+            block.attn1.set_processor(PromptProcessor())
+            block.attn2.set_processor(PromptProcessor())
         attention = block.attn2
         key_values.append((_heads(attention, attention.to_k(caption)), _heads(attention, attention.to_v(caption))))
     # One token, for the projection that the transformer applies in each call, and nobody reads.
