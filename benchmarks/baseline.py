@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, PixArtAlphaPipeline
+from diffusers import PixArtAlphaPipeline
 from thin_pixart import Batch, Trainer
 from torch import Tensor
 
@@ -78,7 +78,7 @@ def _noise_loss(trainer: Trainer, batch: Batch) -> Tensor:
     with torch.no_grad():
         posterior = model.vae.encode(batch.pixel_values.to(model.vae.dtype)).latent_dist
     clean = (posterior.mean + posterior.std * batch.posterior_noise) * model.vae.config.scaling_factor
-    noisy = DDPMScheduler.from_config(model.scheduler.config).add_noise(clean, batch.noise, batch.timesteps)
+    noisy = trainer.noise_scheduler.add_noise(clean, batch.noise, batch.timesteps)
     tokens = model.tokenizer(
         batch.caption, padding="max_length", max_length=120, truncation=True, return_tensors="pt"
     ).to(model.vae.device)

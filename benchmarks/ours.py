@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDPMScheduler
 from thin_pixart import Batch, Trainer
 from torch import Tensor
 
@@ -60,10 +59,9 @@ def _noise_backward(trainer: Trainer, batch: Batch, work: Work) -> Tensor:
     with trainer.autocast():
         moments = batch.moments if work.cached_moments else encode_moments(model.vae, batch.pixel_values)
         clean = sample_posterior(model.vae, moments, batch.posterior_noise)
-        noise_scheduler = DDPMScheduler.from_config(model.scheduler.config)
         prompt_embeds, mask = encode_prompts(model.tokenizer, model.text_encoder, [batch.caption], pad_to=work.pad_to)
         prediction = model.transformer(
-            noise_scheduler.add_noise(clean, batch.noise, batch.timesteps),
+            trainer.noise_scheduler.add_noise(clean, batch.noise, batch.timesteps),
             encoder_hidden_states=prompt_embeds,
             encoder_attention_mask=mask,
             timestep=batch.timesteps,

@@ -2,9 +2,16 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -19,16 +26,17 @@ SHORT = "an endoscopic image of dyed lifted polyps"
 
 @dataclass(frozen=True)
 class Shape:
-    """Layers of the transformer and of T5, width of both, side of the latents (in patches of 2 x 2), VAE's widths."""
+    """Layers of the transformer and of T5, width of both, side of the latents, widths of the VAE and layers in each.
+
+    The narrow VAE takes the share of a step that the published one takes of a step of full size.
+    """
 
     layers: int
     text_layers: int
     width: int
     side: int
-    vae_channels: tuple[int, ...] = (32, 32, 32, 32)
-
-
-PUBLISHED_VAE = (128, 256, 512, 512)
+    vae_channels: tuple[int, ...] = (16, 16, 16, 16)
+    vae_layers: int = 1
 
 
 def write_pipeline(folder: Path, shape: Shape) -> None:
@@ -46,7 +54,7 @@ def write_pipeline(folder: Path, shape: Shape) -> None:
         down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
         up_block_types=("UpDecoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]
         block_out_channels=shape.vae_channels,  # pyright: ignore[reportArgumentType]
-        layers_per_block=2, latent_channels=4, norm_num_groups=8, sample_size=8 * shape.side,
+        layers_per_block=shape.vae_layers, latent_channels=4, norm_num_groups=8, sample_size=8 * shape.side,
     )  # fmt: skip
     transformer = PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=HEAD, num_layers=shape.layers, cross_attention_dim=width,
@@ -63,6 +71,7 @@ class Trainer:
     model: pretrained.PixArt
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    noise_scheduler: Any
     dtype: torch.dtype
 
     def autocast(self) -> torch.autocast:
@@ -97,7 +106,8 @@ def make_trainer(
         lean_lora.disable(model.text_encoder)
     if compiled:
         compilation.enable(model)
-    return Trainer(model, parameters, torch.optim.AdamW(parameters, 1e-5, fused=True), dtype)
+    optimizer = torch.optim.AdamW(parameters, 1e-5, fused=True)
+    return Trainer(model, parameters, optimizer, DDPMScheduler.from_config(model.scheduler.config), dtype)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ backward beside the base layer's, and multiplies and adds in passes of their own
 and adapter, and `addmm` scales and adds: y = W x + s B (A x).
 """
 
+from typing import cast
+
 import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ class LeanLinear(Linear):
         if args or kwargs or not self._is_plain():
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
-        lora_a, lora_b = self.lora_A[name].weight, self.lora_B[name].weight
+        lora_a = cast(Tensor, self.lora_A[name].weight)  # (rank, in_features)
+        lora_b = cast(Tensor, self.lora_B[name].weight)  # (out_features, rank)
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))

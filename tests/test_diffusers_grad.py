@@ -261,7 +261,8 @@ def test_a_prompt_read_once_gives_what_a_prompt_read_in_each_step_gives(
     gradient: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = peft.LoraConfig(r=2, target_modules=["to_k", "to_v", "linear_1"], init_lora_weights=False)
-    transformer = peft.get_peft_model(make_transformer(), config)
+    base = make_transformer()
+    transformer = peft.get_peft_model(base, config)
     results = []
     for once in (True, False):
         if not once:
@@ -270,9 +271,9 @@ def test_a_prompt_read_once_gives_what_a_prompt_read_in_each_step_gives(
         inputs.prompt_embeds.requires_grad_(True)
         inputs.negative_prompt_embeds.requires_grad_(True)
         if checkpointing:
-            transformer.get_base_model().enable_gradient_checkpointing()
+            base.enable_gradient_checkpointing()
         calls: list[object] = []
-        to_k = transformer.get_base_model().transformer_blocks[0].attn2.to_k
+        to_k = base.transformer_blocks[0].attn2.to_k
         handle = to_k.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         latents = sample_latents(
             transformer,
@@ -318,8 +319,9 @@ def test_compiled_blocks_serve_the_rollout_with_one_graph_for_all() -> None:
     torch._dynamo.utils.counters.clear()
     for block in transformer.transformer_blocks[1:]:
         block.compile(backend="eager")
-    actual = sample_latents(transformer, make_scheduler(), *inputs, num_inference_steps=3)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        actual = sample_latents(transformer, make_scheduler(), *inputs, num_inference_steps=3)
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -36,12 +36,13 @@ def prompt_arguments(transformer: nn.Module, prompt_embeds: Tensor) -> dict[str,
     pixart = next((module for module in transformer.modules() if isinstance(module, PixArtTransformer2DModel)), None)
     if pixart is None:
         return {"encoder_hidden_states": prompt_embeds}
-    caption = pixart.caption_projection(prompt_embeds)
+    caption = cast(nn.Module, pixart.caption_projection)(prompt_embeds)
     key_values = []
     for index, block in enumerate(cast(Any, pixart.transformer_blocks)):
-        block.__class__, block.index = PromptBlock, index
-        for attention in (block.attn1, block.attn2):
-            attention.set_processor(PromptProcessor())
+        if not isinstance(block, PromptBlock):
+            block.__class__, block.index = PromptBlock, index
+            block.attn1.set_processor(PromptProcessor())
+            block.attn2.set_processor(PromptProcessor())
         attention = block.attn2
         key_values.append((_heads(attention, attention.to_k(caption)), _heads(attention, attention.to_v(caption))))
     # One token, for the projection that the transformer applies in each call, and nobody reads.
@@ -77,7 +78,8 @@ class PromptProcessor(AttnProcessor2_0):
         mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (B, 1, 1, L), a bias
         query = _heads(attn, attn.to_q(hidden_states))
         attended = F.scaled_dot_product_attention(query, *key_values, attn_mask=mask)
-        return attn.to_out[1](attn.to_out[0](attended.transpose(1, 2).flatten(2)))
+        linear, dropout = cast(nn.ModuleList, attn.to_out)
+        return dropout(linear(attended.transpose(1, 2).flatten(2)))
 
 
 def _heads(attention: Attention, features: Tensor) -> Tensor:
