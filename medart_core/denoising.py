@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from diffusers_grad import size_conditions
 from medart_core import data, latents
 from medart_core.objectives import min_snr_weights, noise_prediction_loss
 from medart_core.pretrained import PixArt
@@ -39,12 +40,13 @@ def denoising_loss(
         noise = noise + noise_offset * draws.normal(shape[0], 1, 1).to(device)
     captions = ["" if drop else caption for drop, caption in zip(dropped, batch["captions"], strict=True)]
     prompt_embeds, mask = encode_prompts(model.tokenizer, model.text_encoder, captions, max_token_length)
+    noisy_latents = noise_scheduler.add_noise(clean, noise, timesteps)
     prediction = model.transformer(
-        noise_scheduler.add_noise(clean, noise, timesteps),
+        noisy_latents,
         encoder_hidden_states=prompt_embeds,
         encoder_attention_mask=mask,
         timestep=timesteps,
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        added_cond_kwargs=size_conditions(model.transformer, noisy_latents, len(noisy_latents), noisy_latents.dtype),
     ).sample
     weights = None
     if snr_gamma is not None:

@@ -1,8 +1,10 @@
 """The noise loss with its weights and offsets, and the validation loss that repeats itself."""
 
+import dataclasses
+
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, PixArtTransformer2DModel
 
 from medart_core import data, pretrained
 from medart_core.denoising import VALIDATION_BATCH, denoising_loss, validation_loss
@@ -54,6 +56,16 @@ def test_each_option_of_the_loss_changes_it_and_the_default_does_not(model, sche
     assert loss(model, scheduler, images, snr_gamma=0.1) < plain
     assert loss(model, scheduler, images, noise_offset=3.0) > plain * 3  # ten times the variance to predict
     assert loss(model, scheduler, images, proportion_empty_prompts=1.0) != plain
+
+
+def test_the_1024_px_checkpoint_is_told_the_size(model, scheduler, images):
+    torch.manual_seed(0)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=12, num_layers=1, cross_attention_dim=24, sample_size=128,
+        caption_channels=16, interpolation_scale=1,
+    )  # fmt: skip
+    large = dataclasses.replace(model, transformer=transformer.eval())
+    assert transformer.use_additional_conditions and loss(large, scheduler, images) > 0
 
 
 def test_the_validation_loss_is_the_mean_over_images_and_repeats_itself(model, scheduler, images):

@@ -77,7 +77,7 @@ def sample_latents(
         prompt=prompt_arguments(transformer, prompt_embeds.to(dtype)),
         prompt_attention_mask=prompt_attention_mask,
         guidance_scale=guidance_scale if guided else None,
-        added_cond_kwargs=_size_conditions(transformer, latents, len(prompt_embeds), dtype),
+        added_cond_kwargs=size_conditions(transformer, latents, len(prompt_embeds), dtype),
         dtype=dtype,
     )
     if checkpoint_steps:
@@ -236,7 +236,7 @@ def _draws_dropout(network: nn.Module) -> bool:
     return any(module.training for module in network.modules())
 
 
-def _size_conditions(
+def size_conditions(
     transformer: nn.Module, latents: Tensor, rows: int, dtype: torch.dtype
 ) -> dict[str, Tensor | None]:
     """The image size as a condition, which only the 1024 px checkpoint (sample_size 128) was trained with."""
