@@ -84,7 +84,7 @@ def read_json(file: Path) -> dict:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def choose_family(options: argparse.Namespace, run: Path = DEFAULT_RUN) -> tuple[str, str]:
+def choose_family(options: argparse.Namespace, run: Path) -> tuple[str, str]:
     """`DiT` or `PixArt`, and the reason to print; sets `options.lora` when a finished run is taken up."""
     if (options.model or "").startswith("DiT-") or options.ckpt or options.class_labels:
         return "DiT", "DiT, because of --model, --ckpt or --class-labels"
@@ -147,7 +147,7 @@ def choose_folder(out: Path | None) -> Path:
 
 def main() -> None:
     options = parse_options()
-    family, reason = choose_family(options)
+    family, reason = choose_family(options, DEFAULT_RUN)
     print(f"sampling {reason}", flush=True)
     if family == "DiT":
         raise UserError("class-conditional DiT sampling is not part of this version yet; use --prompt or --lora")
