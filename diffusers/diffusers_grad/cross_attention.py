@@ -43,7 +43,7 @@ def prompt_arguments(transformer: nn.Module, prompt_embeds: Tensor) -> dict[str,
             block.__class__, block.index = PromptBlock, index
             block.attn1.set_processor(PromptProcessor())
             block.attn2.set_processor(PromptProcessor())
-        attention = block.attn2
+        attention: Any = block.attn2
         key_values.append((_heads(attention, attention.to_k(caption)), _heads(attention, attention.to_v(caption))))
     # One token, for the projection that the transformer applies in each call, and nobody reads.
     return {"encoder_hidden_states": prompt_embeds[:, :1], "cross_attention_kwargs": {"key_values": key_values}}
