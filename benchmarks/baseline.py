@@ -1,9 +1,9 @@
 """The plain way to take Med-Art's steps: PEFT's layers, captions padded to 120, and the official pipeline.
 
-Each step encodes its image, leaves T5 to store all its activations, sums the losses for a single backward and reads
-them with `.item()`. The colour step calls `PixArtAlphaPipeline.__call__` without its `no_grad`, which encodes the
-caption and the empty prompt one after the other, and may build two pipelines from their folder each time, as the
-paper's code does: https://github.com/clguo/medart/blob/9647a926b1/medart.py#L937-L968
+Each step encodes its image, recomputes the blocks of the transformer, of T5 and of the decoder, sums the losses for a
+single backward and reads them with `.item()`. The colour step calls `PixArtAlphaPipeline.__call__` without its
+`no_grad`, which encodes the caption and the empty prompt one after the other, and may build two pipelines from their
+folder each time, as the paper's code does: https://github.com/clguo/medart/blob/9647a926b1/medart.py#L937-L968
 Dropout is off and losses and optimiser are ours, so that the results can be compared.
 """
 

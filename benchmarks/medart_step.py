@@ -53,8 +53,8 @@ class Setting:
 
 def ordinary_steps(setting: Setting, quick: bool) -> Steps:
     """The ordinary step: baseline, the same work by ours, and what further options change."""
-    plain, checkpointed = setting.trainer(), setting.trainer(checkpointing="all")
-    reference = setting.trainer(checkpointing="transformer", lean=False)
+    plain, checkpointed = setting.trainer(), setting.trainer(checkpointing=True)
+    reference = setting.trainer(checkpointing=True, lean=False)
     batch = make_batch(plain, LONG)
     steps = {
         "baseline": partial(baseline.ordinary_step, reference, batch),
@@ -69,8 +69,8 @@ def ordinary_steps(setting: Setting, quick: bool) -> Steps:
 
 def hldf_steps(setting: Setting, quick: bool) -> Steps:
     """The HLDF step: baseline without and with its reloads, and each gradient mode."""
-    plain, checkpointed = setting.trainer(), setting.trainer(checkpointing="all")
-    reference = setting.trainer(checkpointing="transformer", lean=False)
+    plain, checkpointed = setting.trainer(), setting.trainer(checkpointing=True)
+    reference = setting.trainer(checkpointing=True, lean=False)
     batch = make_batch(plain, LONG)
     pipelines = baseline.make_pipelines(reference, setting.folder)
 
@@ -94,23 +94,23 @@ def hldf_steps(setting: Setting, quick: bool) -> Steps:
 
 def ordinary_levers(setting: Setting) -> Steps:
     """Our step with all levers off, and with each one alone."""
-    off = setting.trainer(checkpointing="transformer", lean=False)
+    off = setting.trainer(checkpointing=True, lean=False)
     batch = make_batch(off, LONG)
     step = partial(ours.ordinary_step, batch=batch, work=Work())
     return {
         "none": partial(step, off),
-        "lean LoRA": partial(step, setting.trainer(checkpointing="transformer")),
+        "lean LoRA": partial(step, setting.trainer(checkpointing=True)),
         "no checkpointing": partial(step, setting.trainer(lean=False)),
         "cached latents": partial(step, off, work=Work(cached_moments=True)),
         "dynamic padding": partial(step, off, batch=make_batch(off, SHORT), work=Work(pad_to=None)),
-        "compiled": partial(step, setting.trainer(checkpointing="transformer", lean=False, compiled=True)),
+        "compiled": partial(step, setting.trainer(checkpointing=True, lean=False, compiled=True)),
         "all levers": partial(step, setting.trainer(compiled=True), work=Work(cached_moments=True)),
     }
 
 
 def hldf_levers(setting: Setting) -> Steps:
     """Our HLDF step with all levers off, and with each one alone."""
-    off = setting.trainer(checkpointing="transformer", lean=False)
+    off = setting.trainer(checkpointing=True, lean=False)
     batch = make_batch(off, LONG)
     work = Work(one_text_call=False)
     step = partial(ours.hldf_step, batch=batch, work=work, num_inference_steps=setting.num_inference_steps)
@@ -120,14 +120,14 @@ def hldf_levers(setting: Setting) -> Steps:
     without_cache = in_each_step(step)
     return {
         "none": partial(without_cache, off),
-        "lean LoRA": partial(without_cache, setting.trainer(checkpointing="transformer")),
+        "lean LoRA": partial(without_cache, setting.trainer(checkpointing=True)),
         "no checkpointing": partial(without_cache, setting.trainer(lean=False)),
         "steps checkpointed, not blocks": partial(
             without_cache, setting.trainer(lean=False), work=replace(work, checkpoint_steps=True)
         ),
         "prompt's keys and values once": partial(step, off),
         "one call of T5": partial(without_cache, off, work=Work()),
-        "compiled": partial(without_cache, setting.trainer(checkpointing="transformer", lean=False, compiled=True)),
+        "compiled": partial(without_cache, setting.trainer(checkpointing=True, lean=False, compiled=True)),
         "all levers": partial(step, setting.trainer(compiled=True), work=Work()),
     }
 
@@ -149,7 +149,7 @@ def check_losses(steps: Steps, dtype: torch.dtype) -> None:
 def check_in_fp32(setting: Setting) -> None:
     """Where rounding hides nothing, baseline and ours have the same losses."""
     dtype = torch.float32
-    reference = setting.trainer(dtype=dtype, checkpointing="transformer", lean=False)
+    reference = setting.trainer(dtype=dtype, checkpointing=True, lean=False)
     batch = make_batch(reference, LONG)
     pipelines = baseline.make_pipelines(reference, setting.folder)
     steps = setting.num_inference_steps

@@ -86,15 +86,12 @@ class Trainer:
 
 
 def make_trainer(
-    folder: Path, dtype: torch.dtype, *, checkpointing: str = "none", lean: bool = True, compiled: bool = False
+    folder: Path, dtype: torch.dtype, *, checkpointing: bool = False, lean: bool = True, compiled: bool = False
 ) -> Trainer:
-    """Load the pipeline with rank-8 adapters, none of them zero; `checkpointing` is `none`, `transformer` or `all`."""
+    """Load the pipeline with rank-8 adapters, none of them zero, blocks checkpointed or not."""
     device = pretrained.pick_device()
     model = pretrained.load(folder, dtype, device)
-    if checkpointing == "transformer":
-        model.transformer.enable_gradient_checkpointing()
-    if checkpointing == "all":
-        pretrained.set_gradient_checkpointing(model, True)
+    pretrained.set_gradient_checkpointing(model, checkpointing)
     torch.manual_seed(1)
     model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, rank=8)
     model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=8)
