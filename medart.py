@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 from diffusers_grad import decode_latents, sample_latents
 from medart_core import (
     checkpoint,
+    compilation,
     data,
     full_size,
     latents,
@@ -42,15 +44,7 @@ from medart_core import (
 )
 from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
-from medart_core.medart_options import (
-    DATA_OPTIONS,
-    FREE_ON_RESUME,
-    LOSS_OPTIONS,
-    MODEL_OPTIONS,
-    OPTIMIZER_OPTIONS,
-    MedArtOptions,
-    image_sides,
-)
+from medart_core.medart_options import FREE_ON_RESUME, MedArtOptions, image_sides
 from medart_core.objectives import color_distribution_loss, color_report
 from medart_core.options import parse
 from medart_core.overlay import content_mask
@@ -60,6 +54,7 @@ from medart_core.runlog import RunLog
 from medart_core.seeds import SharedDraws
 from medart_core.text import encode_with_negative, report_long_captions
 
+ROOT = Path(__file__).resolve().parent
 NOISE, ROLLOUT = 1, 2  # names of the random streams
 
 
@@ -99,7 +94,7 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
         (weight * loss).backward()
     pretrained.set_gradient_checkpointing(model, opts.gradient_checkpointing)
     grad_norm = lora.gradients(parameters).sub_(before).norm()
-    if weight and grad_norm == 0:
+    if grad_norm == 0:
         raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
     return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated, real, *masks)}
 
@@ -117,7 +112,7 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
     model, rank, num_processes = run.model, accelerator.process_index, accelerator.num_processes
     window, batch_size = opts.gradient_accumulation_steps, opts.train_batch_size
     noise_scheduler = DDPMScheduler.from_config(model.scheduler.config)
-    settings = opts.some(LOSS_OPTIONS)
+    settings = opts.part("loss")
     stream = data.ShuffledBatches(len(dataset), batch_size, opts.seed, run.step * window, rank, num_processes)
     loading = {"num_workers": opts.dataloader_num_workers, "worker_init_fn": stopping.leave_process_group}
     batches = iter(DataLoader(dataset, batch_sampler=stream, collate_fn=data.collate, **loading))
@@ -167,7 +162,8 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
 def dry_run(opts, accelerator: Accelerator, run: Run, dataset, max_steps: int, hldf_updates: int) -> int:
     """Measure 3 ordinary steps and 1 with HLDF after a first one that warms up, print them, and write nothing."""
     timed = plan.TimedRun(**vars(run))
-    train(replace(opts, N_steps=4), accelerator, timed, dataset, [], 5, None)
+    if code := train(replace(opts, N_steps=4), accelerator, timed, dataset, [], 5, None):
+        return code
     hldf = None if opts.no_hldf else timed.seconds[4]
     accelerator.print("\n".join(plan.describe_times(timed.seconds[1:4], hldf, max_steps, hldf_updates)))
     accelerator.end_training()
@@ -181,18 +177,19 @@ def main() -> int:
     stopping.end_with_launcher()
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while the first one samples
     accelerator = Accelerator(mixed_precision="bf16" if dtype is torch.bfloat16 else "no", kwargs_handlers=[waiting])
-    folder, say, first = Path(opts.output_dir), accelerator.print, accelerator.is_main_process
+    folder = Path(opts.output_dir) if opts.output_dir else ROOT / "medart"
+    say, first = accelerator.print, accelerator.is_main_process
 
     # The folder and the data are checked before any model loads.
     name = full_size.NAME if opts.random_weights else opts.pretrained_model_name_or_path or pretrained.NANO
     settings = asdict(opts) | {
         "dataset_name": opts.dataset_name or training_data.DEFAULT_DATA,
-        "pretrained_model_name_or_path": name,
+        "mixed_precision": asked,
         "precision": str(dtype),
         "num_processes": accelerator.num_processes,
     }
-    with accelerator.main_process_first():
-        examples, unseen = training_data.load(**opts.some(DATA_OPTIONS), show_progress=first)
+    with stopping.first_process_first(accelerator.device):
+        examples, unseen = training_data.load(**opts.part("data"), show_progress=first)
         resumed, wish = None, opts.resume_from_checkpoint
         if not opts.dry_run:
             resumed = checkpoint.resume_decision(folder, settings, wish, FREE_ON_RESUME, first)
@@ -200,7 +197,7 @@ def main() -> int:
     if opts.dry_run:
         say("\n".join(plan.describe(name, {"dtype": dtype, **opts.memory_options()})))
 
-    model = trainable.build(dtype=dtype, device=accelerator.device, **opts.some(MODEL_OPTIONS))
+    model = trainable.build(dtype=dtype, device=accelerator.device, **opts.part("model"))
     captions = [example.caption for example in [*examples, *unseen]]
     say(report_long_captions(model.tokenizer, captions, opts.max_token_length))
     size = image_sides(opts.resolution or model.image_size)
@@ -212,13 +209,19 @@ def main() -> int:
     if opts.no_text_encoder_lora:
         encoding = opts.max_token_length, accelerator.autocast(), first
         model.text_encoder = text_cache.cache_embeddings(model, [*prompts, *captions], *encoding)
+    if opts.compile:
+        compilation.enable(model)
     per_step = opts.train_batch_size * accelerator.num_processes * opts.gradient_accumulation_steps
     max_steps = opts.max_train_steps or opts.num_train_epochs * math.ceil(len(dataset) / per_step)
-    rates = opts.some(OPTIMIZER_OPTIONS) | {"scale": per_step if opts.scale_lr else 1}
+    rates = opts.part("optimizer") | {"scale": per_step if opts.scale_lr else 1}
     run = Run.start(model, folder, max_steps, **rates)
     if resumed:
         run.resume(resumed)
         say(f"resuming from {resumed}")
+    if run.step > max_steps:
+        raise UserError(
+            f"{resumed} is after {run.step} steps, this run ends after {max_steps}; raise --max_train_steps"
+        )
     hldf_updates = 0 if opts.no_hldf else sum(step % opts.N_steps == 0 for step in range(run.step, max_steps))
     say(
         f"{len(dataset)} images ({len(held_out)} held out), batch {per_step}: steps {run.step} to {max_steps}, "
@@ -227,13 +230,14 @@ def main() -> int:
     )
     if opts.dry_run:
         return dry_run(opts, accelerator, run, dataset, max_steps, hldf_updates)
-    with checkpoint.disk_faults(folder):
-        log = RunLog(folder, opts, prompts, run.step) if first else None
+    with checkpoint.disk_faults(folder), ExitStack() as stack:
+        log = stack.enter_context(closing(RunLog(folder, opts, prompts, run.step))) if first else None
         code = train(opts, accelerator, run, dataset, held_out, max_steps, log)
         if log and not code:
             run.save_adapters(folder)
-            log.model_card(settings, run.step)
-            checkpoint.finish(folder, run.step, prompts)
+            log.model_card(name, settings, run.step)
+            facts = {"resolution": size, "max_token_length": opts.max_token_length}
+            checkpoint.finish(folder, run.step, prompts=prompts, **facts)
             say(f"finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora {folder}")
         elif log:
             say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")

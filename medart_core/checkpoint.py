@@ -140,15 +140,16 @@ def prune(run_dir: Path, limit: int | None, published: Path) -> None:
     if limit is not None:
         others = [path for _, path in checkpoints(run_dir) if path.name != published.name]
         for path in others[: max(len(others) - (limit - 1), 0)]:
-            shutil.rmtree(path)
+            doomed = path.rename(path.with_name(f"{TEMPORARY}{path.name}"))  # so that a kill leaves no half of it
+            shutil.rmtree(doomed)
 
 
 # --- What may start or go on in a folder ---
 
 
-def finish(run_dir: Path, step: int, prompts: list[str]) -> None:
-    """Mark the run as finished after `step` steps, and keep the prompts that it was shown with."""
-    write_json(run_dir / FINISHED, {"step": step, "prompts": prompts})
+def finish(run_dir: Path, step: int, **facts: Any) -> None:
+    """Mark the run as finished after `step` steps, and keep what sample.py needs to know of it."""
+    write_json(run_dir / FINISHED, {"step": step, **facts})
 
 
 def resume_decision(
@@ -173,6 +174,8 @@ def resume_decision(
         if foreign:
             raise UserError(f"{run_dir} holds other things ({foreign[0]}, ...); choose an empty --output_dir")
     asked = None if resume_from in (None, "latest") else Path(resume_from)
+    if asked and not asked.exists() and (run_dir / asked).exists():
+        asked = run_dir / asked
     if asked:
         _check_whole(asked)
         if (asked.parent / OPTIONS).exists():

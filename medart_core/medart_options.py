@@ -2,18 +2,21 @@
 
 import math
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from diffusers_grad import GRADIENT_MODES
+from medart_core import quantization
 from medart_core.errors import UserError
 from medart_core.options import option
 from medart_core.plan import PRESETS
 
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-QUANTIZATIONS = ("int8", "nf4")
 TRACKERS = ("tensorboard", "wandb", "all", "none")
 CHECKPOINTING = ("none", "blocks", "nested")
+NOT_NEGATIVE = (
+    "seed", "noise_offset", "num_validation_images", "validation_steps", "lr_warmup_steps", "dataloader_num_workers",
+    "adam_weight_decay", "adam_epsilon",
+)  # fmt: skip
 PATCH_PIXELS = 16  # PixArt's patches of 2 x 2 latents, each of 8 x 8 pixels
 
 
@@ -43,10 +46,10 @@ class MedArtOptions:
     random_weights: bool = option(
         False,
         "model",
-        "the published model's exact shapes with random weights, to try and to measure",
+        "the published model's shapes with random weights instead of any other: to try and to measure",
     )
     text_encoder_quantization: str | None = option(
-        None, "model", "keep T5's frozen weights in 8 or 4 bits (bitsandbytes)", QUANTIZATIONS
+        None, "model", "keep T5's frozen weights in 8 or 4 bits (bitsandbytes)", quantization.KINDS
     )
 
     dataset_name: str | None = option(
@@ -116,7 +119,7 @@ class MedArtOptions:
     max_grad_norm: float = option(1.0, "training", "gradients are clipped to this norm")
     mixed_precision: str | None = option(
         None, "training", "precision of the frozen models and the activations (default: what accelerate launch says)",
-        ("no", "bf16", "fp16"),
+        ("no", "bf16"),
     )  # fmt: skip
     preset: str | None = option(None, "training", "options that fit a card of that memory at batch 1", tuple(PRESETS))
     gradient_checkpointing: bool = option(False, "training", "recompute activations in the backward pass")
@@ -124,7 +127,7 @@ class MedArtOptions:
     seed: int = option(0, "training", "of everything that is random")
 
     dry_run: bool = option(False, "output", "print parameters, memory and seconds per step, and stop; writes nothing")
-    output_dir: str = option("medart", "output", "folder of the run, made when absent")
+    output_dir: str | None = option(None, "output", "folder of the run (default: medart/ of the project)")
     checkpointing_steps: int = option(500, "output", "optimiser steps between checkpoints")
     checkpoints_total_limit: int | None = option(None, "output", "keep only that many of them")
     resume_from_checkpoint: str | None = option(
@@ -140,9 +143,9 @@ class MedArtOptions:
     logging_steps: int = option(10, "output", "optimiser steps between entries of log.jsonl")
     report_to: str = option("tensorboard", "output", "tracker beside log.jsonl; all: both", TRACKERS)
 
-    def some(self, names: Iterable[str]) -> dict[str, typing.Any]:
-        """The options of these names, to be passed on as named arguments."""
-        return {name: getattr(self, name) for name in names}
+    def part(self, name: str) -> dict[str, typing.Any]:
+        """The options of one of the `PARTS`, to be passed on as named arguments."""
+        return {option: getattr(self, option) for option in PARTS[name]}
 
     def __post_init__(self) -> None:
         if self.hldf_checkpointing is None:
@@ -199,9 +202,14 @@ class MedArtOptions:
             if getattr(self, name) <= 0:
                 hint = " (to train without the colour loss: --no_hldf)" if name in ("N_steps", "M_times") else ""
                 raise UserError(f"--{name} is {getattr(self, name)}; give a number above 0{hint}")
-        for name in ("seed", "noise_offset", "num_validation_images"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; give 0 or more")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} is {getattr(self, name)}; give 0 or more, and less than 1")
+        if self.color_loss_weight is not None and self.color_loss_weight <= 0 and not self.no_hldf:
+            raise UserError(f"--color_loss_weight is {self.color_loss_weight}; to train without it: --no_hldf")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise UserError(f"--proportion_empty_prompts is {self.proportion_empty_prompts}; give a share from 0 to 1")
         if self.hldf_batch_size > self.train_batch_size and not self.no_hldf:
@@ -215,8 +223,6 @@ class MedArtOptions:
                 f"--resolution is {self.resolution}; give a multiple of {PATCH_PIXELS} such as 512, or height x width "
                 "such as 384x640"
             )
-        if self.random_weights and self.pretrained_model_name_or_path:
-            raise UserError("--random_weights takes no --pretrained_model_name_or_path; leave one of them out")
         if self.hldf_k > self.M_times and self.hldf_gradient in ("last_k", "sparse"):
             raise UserError(f"--hldf_k {self.hldf_k} is more than --M_times {self.M_times}; give at most that")
 
@@ -243,17 +249,23 @@ FREE_ON_RESUME = frozenset(
     ]
 )
 
+
 # Which options go to which part of the program.
-LOSS_OPTIONS = ("max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma")
-MODEL_OPTIONS = (
-    "pretrained_model_name_or_path", "revision", "variant", "random_weights", "text_encoder_quantization", "seed",
-    "rank", "lora_alpha", "use_dora", "use_rslora", "no_text_encoder_lora", "gradient_checkpointing", "compile",
-)  # fmt: skip
-DATA_OPTIONS = (
-    "dataset_name", "validation_data_dir", "max_train_samples", "max_validation_samples",
-    "caption_column", "image_column", "revision", "cache_dir", "seed",
-)  # fmt: skip
-OPTIMIZER_OPTIONS = (
-    "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "use_8bit_adam",
-)  # fmt: skip
+PARTS = {
+    "model": (
+        "pretrained_model_name_or_path", "revision", "variant", "random_weights", "text_encoder_quantization",
+        "seed", "rank", "lora_alpha", "use_dora", "use_rslora", "no_text_encoder_lora",
+        "gradient_checkpointing",
+    ),
+    "data": (
+        "dataset_name", "validation_data_dir", "max_train_samples", "max_validation_samples", "caption_column",
+        "image_column", "revision", "cache_dir", "seed",
+    ),
+    "loss": (
+        "max_token_length", "proportion_empty_prompts", "noise_offset", "snr_gamma",
+    ),
+    "optimizer": (
+        "learning_rate", "text_encoder_lr", "lr_scheduler", "lr_warmup_steps", "lr_num_cycles", "lr_power",
+        "adam_beta1", "adam_beta2", "adam_epsilon", "adam_weight_decay", "use_8bit_adam",
+    ),
+}  # fmt: skip

@@ -40,14 +40,20 @@ def add_options(parser: argparse.ArgumentParser, options_type: type) -> None:
             kind = next(part for part in typing.get_args(kind) if part is not type(None))
         read = item.metadata["read"] or kind
         if kind is bool:
-            groups[group].add_argument(flag, action="store_true", help=text)
+            groups[group].add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         elif typing.get_origin(kind) is list:
-            groups[group].add_argument(flag, action="append", metavar="TEXT", help=f"{text}; repeatable")
+            repeatable = {"action": "append", "metavar": "TEXT", "default": argparse.SUPPRESS}
+            groups[group].add_argument(flag, **repeatable, help=f"{text}; repeatable")
         else:
             shown = text if item.default is None else f"{text} (default: {item.default})"
             metavar = {int: "N", float: "X", str: "TEXT"}[kind] if item.metadata["choices"] is None else None
             groups[group].add_argument(
-                flag, type=read, default=item.default, choices=item.metadata["choices"], metavar=metavar, help=shown
+                flag,
+                type=read,
+                default=argparse.SUPPRESS,
+                choices=item.metadata["choices"],
+                metavar=metavar,
+                help=shown,
             )
 
 
@@ -62,20 +68,17 @@ def parse(
     `presets` gives the defaults that a value of the option `preset` stands for.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="options from a .toml or .json file, such as a run's options.json"
-    )
+    help = "options from a .toml or .json file, such as a run's options.json"
+    parser.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help)
     add_options(parser, options_type)
-    argv = [_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]
-    given = parser.parse_args(argv)
-    if given.config:
-        names = [item.name for item in dataclasses.fields(options_type)]
-        argv = [*read_config(given.config, names), *argv]
-        given = parser.parse_args(argv)
-    if presets and given.preset:
-        parser.set_defaults(**presets[given.preset])
-        given = parser.parse_args(argv)
-    options = options_type(**{name: value for name, value in vars(given).items() if name != "config"})
+    given = vars(parser.parse_args([_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    below: dict[str, typing.Any] = {}
+    if file := given.pop("config", None):
+        content = read_config(file, [item.name for item in dataclasses.fields(options_type)])
+        below = {name: value for name, value in content.items() if value is None or value is False}
+        below |= vars(parser.parse_args(_command_line(content)))
+    preset = presets.get(given.get("preset") or below.get("preset"), {})
+    options = options_type(**{**preset, **below, **given})
     options.check()
     return options
 
@@ -86,8 +89,18 @@ def _underscores(word: str) -> str:
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
 
 
-def read_config(file: Path, names: Sequence[str]) -> list[str]:
-    """The command line that a .toml or .json file of options stands for.
+def _command_line(content: Mapping[str, typing.Any]) -> list[str]:
+    """Options from a file as words, for the parser to check as it checks a person's."""
+    argv = []
+    for name, value in content.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each is not None and each is not False:
+                argv.append(f"--{name}" if each is True else f"--{name}={each}")
+    return argv
+
+
+def read_config(file: Path, names: Sequence[str]) -> dict[str, typing.Any]:
+    """The options in a .toml or .json file.
 
     Raises:
         UserError: for an unreadable file, or an option that does not exist.
@@ -102,11 +115,4 @@ def read_config(file: Path, names: Sequence[str]) -> list[str]:
     unknown = sorted(content.keys() - {*names, *OF_THE_MACHINE})
     if unknown:
         raise UserError(f"--config {file}: there is no option {unknown[0]}; python medart.py --help lists them")
-    argv = []
-    for name, value in content.items():
-        values = value if isinstance(value, list) else [value]
-        if name not in OF_THE_MACHINE:
-            argv += [
-                f"--{name}" if each is True else f"--{name}={each}" for each in values if each not in (None, False)
-            ]
-    return argv
+    return {name: value for name, value in content.items() if name not in OF_THE_MACHINE}

@@ -29,6 +29,7 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     folder: Path
     step: int = 0
+    lr: float = 0.0  # of the last step; the transformer's, where T5 has its own
 
     @classmethod
     def start(
@@ -69,11 +70,6 @@ class Run:
         schedule = get_scheduler(lr_scheduler, optimizer, None, *lengths)
         return cls(model, [parameter for part in adapters for parameter in part], optimizer, schedule, folder)
 
-    @property
-    def lr(self) -> float:
-        """The learning rate of the last step (the transformer's, where T5 has its own)."""
-        return float(self.lr_scheduler.get_last_lr()[0])
-
     def average_gradients(self, parts: Sequence[Part], stop: bool, rank: int) -> bool:
         """`lora.average_gradients`; returns whether any process wants to stop.
 
@@ -104,6 +100,7 @@ class Run:
 
     def update(self) -> None:
         """One optimiser step on the gradients that are there."""
+        self.lr = float(self.lr_scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()

@@ -71,7 +71,8 @@ class RunLog:
         count, size = self.opts.num_validation_images, image_sides(self.opts.resolution or model.image_size)
         seeds = [self.opts.seed + column for column in range(count)] * len(self.prompts)
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
-        images = sample_images(model, repeated, seeds, image_size=size, batch_size=min(4, len(seeds)))
+        length = {"max_token_length": self.opts.max_token_length}
+        images = sample_images(model, repeated, seeds, image_size=size, batch_size=min(4, len(seeds)), **length)
         pictures = [Image.fromarray(image.numpy()) for image in images]
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         picture = image_grid(rows, row_names=self.prompts, cell=min(pictures[0].width, 256))
@@ -80,13 +81,13 @@ class RunLog:
         for tracker in self.trackers:
             tracker.picture(step, picture)
 
-    def model_card(self, settings: Mapping, step: int) -> None:
+    def model_card(self, base: str, settings: Mapping, step: int) -> None:
         """Write README.md: what was trained on what, with which options, and how to use it."""
         used = {name: value for name, value in settings.items() if value is not None}
         samples = f"![samples, the same noise as before the first step](samples/step-{step:06d}.png)\n"
         lines = [f"| `{name}` | `{value}` |" for name, value in used.items()]
         card = f"""---
-base_model: {settings["pretrained_model_name_or_path"]}
+base_model: {base}
 tags: [text-to-image, pixart-alpha, lora, medical]
 ---
 # PixArt-alpha LoRA, {step} steps{"" if self.opts.no_hldf else " with HLDF"}
@@ -101,6 +102,9 @@ Made with Med-Art's `medart.py`. Not for diagnosis. Check the licence of the dat
 {chr(10).join(lines)}
 """
         (self.folder / "README.md").write_text(card, encoding="utf-8")
+
+    def close(self) -> None:
+        """Have the trackers write what they still hold."""
         for tracker in self.trackers:
             tracker.close()
 

@@ -7,6 +7,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+
+import torch
 
 LAUNCHED = ("LOCAL_RANK", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")  # set by accelerate or torchrun
 ECHO_SECONDS = 5.0
@@ -55,6 +58,29 @@ class StopSignal:
     def exit_code(self) -> int:
         """128 plus the signal's number, as shells report it: 143 for SIGTERM, 130 for Ctrl-C."""
         return 128 + (self.received or signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def first_process_first(device: torch.device) -> Iterator[None]:
+    """Let the first process do something before the others do; where it fails they end, too, and leave the word to it.
+
+    (accelerate's `main_process_first` would leave them waiting, to fail with a traceback when the connection breaks.)
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    failed = torch.ones(1, device=device)
+    if torch.distributed.get_rank():
+        torch.distributed.broadcast(failed, 0)
+        if failed.item():
+            raise SystemExit(2)
+        yield
+        return
+    try:
+        yield
+        failed.zero_()
+    finally:
+        torch.distributed.broadcast(failed, 0)
 
 
 def leave_process_group(_worker: int) -> None:

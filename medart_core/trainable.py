@@ -2,7 +2,7 @@
 
 import torch
 
-from medart_core import compilation, full_size, lora, pretrained
+from medart_core import full_size, lora, pretrained
 from medart_core.pretrained import PixArt
 
 
@@ -21,7 +21,6 @@ def build(
     use_rslora: bool,
     no_text_encoder_lora: bool,
     gradient_checkpointing: bool,
-    compile: bool,
     seed: int,
 ) -> PixArt:
     """The options of these names, built; all dropout is off, and the adapters are equal on all processes."""
@@ -36,6 +35,4 @@ def build(
     model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, *shape)
     if not no_text_encoder_lora:
         model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, *shape)
-    if compile:
-        compilation.enable(model)
     return model

@@ -258,7 +258,7 @@ def start(run_dir: Path, **finished) -> None:
     checkpoint.resume_decision(run_dir, OPTS, None, FREE)
     put(run_dir, 10)
     if finished:
-        checkpoint.finish(run_dir, finished["step"], [])
+        checkpoint.finish(run_dir, finished["step"], prompts=[])
 
 
 @pytest.mark.parametrize("change", [{}, {"logging_steps": 1}, {"max_train_steps": 20}, {"num_train_epochs": 16}])
@@ -310,7 +310,7 @@ def test_a_finished_run_is_not_repeated_but_may_grow(tmp_path: Path) -> None:
 def test_a_run_finished_by_epochs_may_grow(tmp_path: Path, change: dict) -> None:
     by_epochs = OPTS | {"max_train_steps": None}
     checkpoint.resume_decision(tmp_path, by_epochs, None, FREE)
-    checkpoint.finish(tmp_path, put(tmp_path, 10) and 10, [])
+    checkpoint.finish(tmp_path, put(tmp_path, 10) and 10, prompts=[])
     with pytest.raises(UserError, match="finished run"):
         checkpoint.resume_decision(tmp_path, by_epochs, None, FREE)
     assert checkpoint.resume_decision(tmp_path, by_epochs | change, None, FREE) == tmp_path / "checkpoint-10"

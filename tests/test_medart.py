@@ -302,6 +302,9 @@ def test_the_published_command_is_understood(monkeypatch):
         (["--rank=0"], "--rank is 0"),
         (["--hldf_batch_size=3", "--train_batch_size=2"], "taken from the batch"),
         (["--proportion_empty_prompts=2"], "from 0 to 1"),
+        (["--validation_steps=-5"], "0 or more"),
+        (["--adam_beta1=1"], "less than 1"),
+        (["--color_loss_weight=0"], "--no_hldf"),
         (["--hldf_gradient=last_k", "--hldf_k=9", "--M_times=4"], "--hldf_k 9"),
     ],
 )

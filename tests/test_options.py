@@ -30,6 +30,14 @@ def test_dashes_in_names_are_understood_and_those_in_values_kept():
     assert opts.random_weights and opts.output_dir == "a-b" and opts.validation_prompt == ["x-ray"]
 
 
+def test_what_a_file_switches_off_stays_off_and_lists_are_replaced(tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"preset": "8gb", "gradient_checkpointing": false, "validation_prompt": ["a"]}')
+    opts = options.parse(MedArtOptions, None, [f"--config={file}", "--validation_prompt=b"], plan.PRESETS)
+    assert opts.text_encoder_quantization == "nf4" and not opts.gradient_checkpointing
+    assert opts.validation_prompt == ["b"]
+
+
 def test_a_preset_lies_under_the_command_line():
     opts = options.parse(MedArtOptions, None, ["--preset=8gb", "--text_encoder_quantization=int8"], plan.PRESETS)
     assert opts.gradient_checkpointing and opts.hldf_checkpointing == "nested"
@@ -37,7 +45,16 @@ def test_a_preset_lies_under_the_command_line():
 
 
 def test_a_runs_options_repeat_it(tmp_path):
-    argv = ["--seed=7", "--no_hldf", "--snr_gamma=5", "--resolution=64x32", '--validation_prompt=- a "quoted" one']
+    argv = [
+        "--seed=7",
+        "--no_hldf",
+        "--validation_steps=0",
+        "--adam_weight_decay=0",
+        "--preset=8gb",
+        "--snr_gamma=5",
+        "--resolution=64x32",
+        '--validation_prompt=- a "quoted" one',
+    ]
     first = parse(*argv)
     file = tmp_path / "options.json"
     file.write_text(json.dumps(vars(first) | {"precision": "torch.float32", "num_processes": 2}))

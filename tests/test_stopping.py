@@ -183,3 +183,12 @@ def test_a_full_disk_ends_a_run_in_one_line(flags, tmp_path: Path) -> None:
     assert medart_exit_codes(flags, tmp_path / "log", disturbance=("full disk", 4)) == [2]
     assert steps(tmp_path / "out") == [1, 2]
     assert not list((tmp_path / "out").glob(f"{checkpoint.TEMPORARY}*"))
+
+
+def test_an_error_of_the_first_process_ends_all_without_a_traceback(tmp_path) -> None:
+    log = tmp_path / "log"
+    arguments = [f"--dataset_name={tmp_path / 'nowhere'}", f"--output_dir={tmp_path / 'out'}"]
+    assert medart_exit_codes(arguments, log, processes=2) == [2, 2]
+    first, second = (Path(f"{log}.{rank}").read_text() for rank in (0, 1))
+    assert "error: the folder" in first and "error" not in second
+    assert "Traceback" not in first + second
