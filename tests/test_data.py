@@ -1,6 +1,7 @@
 """Images, metadata, crops and the stream of batches (medart_core/images.py, metadata.py and data.py)."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -183,6 +184,18 @@ def test_faulty_jsonl(tmp_path, text):
     assert "metadata.jsonl" in complaint(read_metadata, folder_with(tmp_path, text, name="metadata.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_without_permission(tmp_path, monkeypatch, name):
+    folder_with(tmp_path, "file_name,text\na.png,x\n", name=name)
+
+    def refuse(path, *_, **__):  # for the super-user, too, whom no mode of the file stops
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert f"{tmp_path / name} cannot be opened (Permission denied)" in complaint(read_metadata, tmp_path)
+
+
 def test_paths_that_leave_the_folder_are_refused(tmp_path):
     outside = draw(tmp_path / "outside.png")
     folder = tmp_path / "set"
@@ -198,7 +211,7 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path):
 
 
 def test_no_metadata_and_no_folder(tmp_path):
-    assert "has no metadata.csv" in complaint(load_examples, str(tmp_path), show_progress=False)
+    assert "has no metadata.csv; make a set with prepare.py" in complaint(load_examples, str(tmp_path))
     assert "does not exist" in complaint(load_examples, str(tmp_path / "nowhere"))
     assert "does not exist" in complaint(load_examples, "dataset/nowhere/train")
 
