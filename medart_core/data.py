@@ -58,7 +58,7 @@ class ImageTransform:
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def is_fixed(self, size: tuple[int, int]) -> bool:
-        """Whether an image of this (width, height) looks the same each time."""
+        """Whether an upright image of this (width, height) looks the same each time."""
         height, width = self.sides
         return not self.random_flip and (self.center_crop or size[0] * height == size[1] * width)
 
@@ -76,20 +76,12 @@ class Example:
 
     def open(self) -> Image.Image:
         """The image as `open_image` makes it."""
-        return open_image(self._file(), self.place)
-
-    def size(self) -> tuple[int, int]:
-        """(width, height) as stored, before any EXIF rotation, without decoding."""
-        with Image.open(self._file()) as image:
-            return image.size
+        return open_image(self.image if isinstance(self.image, Path) else self.image(), self.place)
 
     @property
     def place(self) -> str:
         """Where a person finds the image: its path, or its row."""
         return str(self.image) if isinstance(self.image, Path) else self.name
-
-    def _file(self) -> Path | BinaryIO:
-        return self.image if isinstance(self.image, Path) else self.image()
 
 
 def _read_hub(name: str, caption_column: str, image_column: str, revision: str | None, cache_dir: str | None):
@@ -200,7 +192,7 @@ class CaptionDataset(Dataset):
         """Whether every image looks the same in every epoch, so that it can be encoded once."""
         if self.transform.center_crop:
             return not self.transform.random_flip
-        return all(self.transform.is_fixed(example.size()) for example in self.examples)
+        return all(self.transform.is_fixed(example.open().size) for example in self.examples)
 
 
 class ShuffledBatches(Sampler[list[tuple[int, int]]]):

@@ -15,7 +15,9 @@ def exit_codes() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # From a DataLoader's worker it comes with the worker's traceback in front of its own line.
+        message = str(error).rpartition(f"{UserError.__name__}: ")[2].strip()
+        print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)

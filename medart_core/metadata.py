@@ -29,6 +29,8 @@ def _read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]
         rows = [(number, json.loads(line)) for number, line in lines if line.strip()]
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise UserError(f"{file} cannot be read ({error}); save it as UTF-8 with one row per image") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be opened ({error.strerror}); make it readable") from error
     if not all(isinstance(row, dict) for _, row in rows):
         raise UserError(
             f'{file} has lines that are no JSON objects; write lines such as {{"file_name": ..., "text": ...}}'
@@ -64,7 +66,9 @@ def read_metadata(folder: Path, caption_column: str = "text") -> list[tuple[str,
     """
     file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise UserError(f"{folder} has no metadata.csv; write one with VSG.py, or with the columns file_name,text")
+        raise UserError(
+            f"{folder} has no metadata.csv; make a set with prepare.py, or write one with the columns file_name,text"
+        )
     columns, rows = _read_rows(file)
     if not rows:
         raise UserError(f"{file} has no rows; it needs one per image, with the columns file_name,{caption_column}")

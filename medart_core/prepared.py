@@ -21,6 +21,10 @@ from medart_core.images import open_image
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 RECORD = "split.json"
 SIMPLE_CAPTIONS, CAPTIONS = "raw.csv", "metadata.csv"
+COLUMNS = {  # `text` of CAPTIONS is to be overwritten by longer captions, the simple ones stay beside it
+    SIMPLE_CAPTIONS: ("file_name", "text", "label"),
+    CAPTIONS: ("file_name", "text", "simple_text", "label"),
+}
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 
@@ -158,11 +162,15 @@ def _write_split(folder: Path, members: Sequence[Picture], unsplit: Path, captio
     for picture in members:
         (folder / picture.file_name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(unsplit / picture.file_name, folder / picture.file_name)
-    for name in (SIMPLE_CAPTIONS, CAPTIONS):
+    rows = []
+    for picture in members:
+        simple = caption.replace("{label}", picture.label)
+        rows.append({"file_name": picture.file_name, "text": simple, "simple_text": simple, "label": picture.label})
+    for name, columns in COLUMNS.items():
         with open(folder / name, "w", newline="", encoding="utf-8") as file:
-            rows = csv.writer(file, lineterminator="\n")
-            rows.writerow(("file_name", "text", "label"))
-            rows.writerows((p.file_name, caption.replace("{label}", p.label), p.label) for p in members)
+            table = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
 
 
 def _publish(work: Path, target: Path) -> None:

@@ -1,6 +1,7 @@
 """Images, metadata, crops and the stream of batches (medart_core/images.py, metadata.py and data.py)."""
 
 import csv
+import errno
 import io
 import itertools
 import json
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from medart_core import images
 from medart_core.data import CaptionDataset, Example, ImageTransform, ShuffledBatches, collate, load_examples
-from medart_core.errors import UserError
+from medart_core.errors import UserError, exit_codes
 from medart_core.images import open_image
 from medart_core.metadata import read_metadata
 from medart_core.seeds import generator
@@ -183,6 +184,18 @@ def test_faulty_jsonl(tmp_path, text):
     assert "metadata.jsonl" in complaint(read_metadata, folder_with(tmp_path, text, name="metadata.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_metadata_without_permission(tmp_path, monkeypatch, name):
+    folder_with(tmp_path, "file_name,text\na.png,x\n", name=name)
+
+    def refuse(path, *_, **__):  # for the super-user, too, whom no mode of the file stops
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    assert f"{tmp_path / name} cannot be opened (Permission denied)" in complaint(read_metadata, tmp_path)
+
+
 def test_paths_that_leave_the_folder_are_refused(tmp_path):
     outside = draw(tmp_path / "outside.png")
     folder = tmp_path / "set"
@@ -198,7 +211,7 @@ def test_paths_that_leave_the_folder_are_refused(tmp_path):
 
 
 def test_no_metadata_and_no_folder(tmp_path):
-    assert "has no metadata.csv" in complaint(load_examples, str(tmp_path), show_progress=False)
+    assert "has no metadata.csv; make a set with prepare.py" in complaint(load_examples, str(tmp_path))
     assert "does not exist" in complaint(load_examples, str(tmp_path / "nowhere"))
     assert "does not exist" in complaint(load_examples, "dataset/nowhere/train")
 
@@ -242,7 +255,7 @@ def test_a_hub_data_set_is_decoded_by_open_image(monkeypatch):
     examples = load_examples("someone/something", "text", "picture", "v2", "cache", show_progress=False)
     assert asked == {"name": "someone/something", "split": "train", "revision": "v2", "cache_dir": "cache"}
     assert [example.caption for example in examples] == ["one", "two"]
-    assert np.asarray(examples[1].open()).max() == 128 and examples[1].size() == (4, 4)
+    assert np.asarray(examples[1].open()).max() == 128 and examples[1].open().size == (4, 4)
     assert "picture, text" in complaint(load_examples, "someone/something", "text", "image")
     assert "holds no images" in complaint(load_examples, "someone/something", "text", "text")
 
@@ -301,6 +314,15 @@ def test_is_fixed():
     assert ImageTransform(8).is_fixed((5, 5)) and not ImageTransform(8).is_fixed((5, 6))
     assert ImageTransform(8, center_crop=True).is_fixed((5, 6))
     assert not ImageTransform(8, center_crop=True, random_flip=True).is_fixed((5, 5))
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_the_upright_image_decides_what_is_fixed(tmp_path, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # 8 x 4 pixels in the file, upright 4 x 8
+    turned = Example(draw(tmp_path / f"turned.{suffix}", size=(8, 4), exif=exif), "x", "turned")
+    assert CaptionDataset([turned], ImageTransform((8, 4)), 0).is_fixed()
+    assert not CaptionDataset([turned], ImageTransform((4, 8)), 0).is_fixed()
 
 
 # --- The data set and its stream ---
@@ -373,3 +395,12 @@ def test_loader_gives_the_same_batches_with_and_without_workers(oblongs):
         assert torch.equal(plain["pixel_values"], parallel["pixel_values"])
         assert plain["captions"] == parallel["captions"] == [oblongs[index].caption for _, index in plain["keys"]]
         assert plain["keys"] == parallel["keys"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_went_missing_is_one_line_from_a_worker_too(tmp_path, capsys, workers):
+    dataset = CaptionDataset([Example(tmp_path / "gone.png", "x", "gone")], ImageTransform(8), 0)
+    with pytest.raises(SystemExit, match="2"), exit_codes():
+        next(iter(DataLoader(dataset, batch_sampler=[[(0, 0)]], collate_fn=collate, num_workers=workers)))
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'gone.png'} cannot be read as an image")

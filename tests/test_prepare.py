@@ -260,6 +260,29 @@ def test_a_second_run_does_nothing(tmp_path, tree, capsys):
     assert "seed 0, not 1" in message and "move it away" in message
 
 
+def test_the_simple_captions_stay_available_beside_the_text(tmp_path, tree):
+    arguments = ("folder", tree, "--root", tmp_path / "root")
+    run(*arguments)
+    train = tmp_path / "root" / "tree" / "train"
+    simple, rows = rows_of(train), rows_of(train, "metadata.csv")
+    assert list(simple[0]) == ["file_name", "text", "label"]
+    assert list(rows[0]) == ["file_name", "text", "simple_text", "label"]
+    assert rows == [{**row, "simple_text": row["text"]} for row in simple]
+    examples = load_examples(str(train), "simple_text", show_progress=False)
+    assert [example.caption for example in examples] == [row["text"] for row in simple]
+
+
+def test_a_set_with_the_columns_of_old_counts_as_prepared(tmp_path, tree, capsys):
+    arguments = ("folder", tree, "--root", tmp_path / "root")
+    run(*arguments)
+    made = tmp_path / "root" / "tree"
+    for table in made.glob("*/raw.csv"):
+        shutil.copy(table, table.with_name("metadata.csv"))
+    before = all_bytes(made)
+    run(*arguments)
+    assert "is already prepared" in capsys.readouterr().out and all_bytes(made) == before
+
+
 def test_captions_that_are_there_survive_a_repair(tmp_path, tree):
     arguments = ("folder", tree, "--root", tmp_path / "root")
     run(*arguments)
