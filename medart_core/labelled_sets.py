@@ -69,7 +69,9 @@ def kvasir(path: Path) -> list[Picture]:
     largest = max(Counter(numbers).values())
     print(f"{len(pictures)} images form {max(numbers) + 1} clusters of near duplicates, the largest has {largest}")
     first: dict[int, str] = {}
-    return [p._replace(group=first.setdefault(n, p.file_name)) for p, n in zip(pictures, numbers, strict=True)]
+    groups = [first.setdefault(number, p.file_name) for p, number in zip(pictures, numbers, strict=True)]
+    labels = [p.label.replace("z line", "z-line") for p in pictures]  # the one hyphen that is no space
+    return [p._replace(group=g, label=name) for p, g, name in zip(pictures, groups, labels, strict=True)]
 
 
 def _with_a_folder_per_class(path: Path) -> list[Picture]:

@@ -28,7 +28,6 @@ TRANSFORMER_KEPT, TEXT_KEPT, DECODER_KEPT = 23.6, 32.6, 45.3
 DECODER_CHECKPOINTED = 0.33  # of the decoder's activations, when one of its blocks at a time has them
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # of T5's blocks; NF4 with its doubly quantised scales
 WORKSPACE_GB = 1.1  # CUDA's context, and what lives within one operation
-HLDF_CHECKPOINTING = ("none", "blocks", "nested")
 
 # Options for a card of so many GiB at batch 1, 512 px and 120 tokens: quantised only where it must be, and recomputed
 # only what would not fit. (The whole rollout without checkpoints takes 67 GB by itself: no margin in 80 GiB.)
