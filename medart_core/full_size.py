@@ -43,10 +43,11 @@ def build_empty() -> tuple[Any, Any, Any]:
 
 
 def build_random(dtype: torch.dtype, device: torch.device, seed: int = 0, quantize: str | None = None) -> PixArt:
-    """A frozen PixArt of the published shapes, each tensor drawn where and as it will stay.
+    """A frozen PixArt of the published shapes, each tensor drawn on the device where it will stay.
 
-    `quantize`, `int8` or `nf4`, is for T5. The tokenizer is the bundled model's: its ids are within T5's 32,128, and
-    without trained weights it does not matter what they mean.
+    The weights follow from the seed and the kind of device; `dtype` only rounds them, so that a LoRA trained in bf16
+    finds its base again in fp32. `quantize`, `int8` or `nf4`, is for T5. The tokenizer is the bundled model's: its ids
+    are within T5's 32,128, and without trained weights it does not matter what they mean.
     """
     draws = torch.Generator(device).manual_seed(seed)
     text_encoder, vae, transformer = build_empty()
@@ -87,7 +88,7 @@ def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device, draws: tor
     for path, module in model.named_modules():
         for name, empty in list(module.named_parameters(recurse=False)):
             if empty not in made:
-                values = torch.empty(empty.shape, dtype=dtype, device=device)
+                values = torch.empty(empty.shape, dtype=torch.float32, device=device)
                 if name == "weight" and values.dim() == 1:  # a norm
                     values.fill_(1)
                 elif name == "bias":
@@ -95,7 +96,7 @@ def _fill(model: nn.Module, dtype: torch.dtype, device: torch.device, draws: tor
                 else:
                     limit = 3**0.5 * _std(path, module, values)  # uniform: three times as fast as normal on a CPU
                     values.uniform_(-limit, limit, generator=draws)
-                made[empty] = _packed(values, empty)
+                made[empty] = _packed(values.to(dtype), empty)
             setattr(module, name, made[empty])
 
 

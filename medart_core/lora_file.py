@@ -199,7 +199,10 @@ def merge(pipeline, folder: Path) -> None:
 
 def stored_dtype(model: Any, subfolder: str) -> torch.dtype:
     """The dtype of a loaded part in the safetensors it came from; where there are none, the one it has now."""
-    source = Path(model.config._name_or_path)  # the pipeline's folder, the part's own, or a hub id
+    name = getattr(model.config, "_name_or_path", "")  # the pipeline's folder, the part's own, or a hub id
+    if not name:  # built, not loaded
+        return next(model.parameters()).dtype
+    source = Path(name)
     if not source.is_dir():
         source = Path(snapshot_download(str(source), local_files_only=True))
     files = [*(source / subfolder).glob("*.safetensors")] or [*source.glob("*.safetensors")]

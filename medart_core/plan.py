@@ -18,16 +18,19 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
 from medart_core import full_size, lora, pretrained
+from medart_core.errors import UserError
 from medart_core.run import Run
 
 TRANSFORMER_KEPT, TEXT_KEPT, DECODER_KEPT = 23.6, 32.6, 45.3
 DECODER_CHECKPOINTED = 0.33  # of the decoder's activations, when one of its blocks at a time has them
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # of T5's blocks; NF4 with its doubly quantised scales
 WORKSPACE_GB = 1.1  # CUDA's context, and what lives within one operation
+MODELS = ("text_encoder", "vae", "transformer")
 
 # Options for a card of so many GiB at batch 1, 512 px and 120 tokens: quantised only where it must be, and recomputed
 # only what would not fit. (The whole rollout without checkpoints takes 67 GB by itself: no margin in 80 GiB.)
@@ -86,10 +89,17 @@ class Shapes:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Shapes":
-        """Read off the configurations in a pipeline folder; its weights are not touched."""
-        text, vae, transformer = (
-            json.loads((folder / part / "config.json").read_text()) for part in ("text_encoder", "vae", "transformer")
-        )
+        """Read off the configurations in a pipeline folder; its weights are not touched.
+
+        Raises:
+            UserError: if one is missing or damaged.
+        """
+        try:
+            text, vae, transformer = (
+                json.loads((folder / part / "config.json").read_text("utf-8")) for part in MODELS
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} is no PixArt pipeline folder: {error}; give a folder or a hub id") from error
         with torch.device("meta"):
             return cls.of(
                 T5EncoderModel(T5Config.from_dict(text)),
@@ -110,20 +120,29 @@ def _adapters(model: nn.Module, targets: tuple[str, ...]) -> int:
 def find_model(name: str) -> tuple[Shapes | None, str]:
     """The shapes of a model by folder, hub id or `full_size.NAME`, and one line about its download; loads nothing.
 
-    The shapes are None for an unknown hub id that is not in the cache.
+    The shapes are None for an unknown hub id that is not in the cache, or only in part.
     """
     folder = Path(pretrained.find(name))
     if not folder.is_dir():
-        cached = try_to_load_from_cache(name, "transformer/config.json") if name.count("/") == 1 else None
-        if not isinstance(cached, str):
+        cached = _find_in_cache(name)
+        if cached is None:
             if name not in (full_size.NAME, full_size.PUBLISHED):
                 return None, "of unknown size: the hub has not been asked"
             shapes = Shapes.of(*full_size.build_empty())
             published_gb = 4 * (shapes.transformer + shapes.text_encoder + shapes.vae) / 1e9  # as fp32
             return shapes, "none, the weights are random" if name == full_size.NAME else f"{published_gb:.1f} GB"
-        folder = Path(cached).parents[1]
+        folder = cached
     size = sum(file.stat().st_size for part in pretrained.PARTS for file in (folder / part).rglob("*"))
     return Shapes.of_folder(folder), f"none, {size / 1e9:.2f} GB are on the disk"
+
+
+def _find_in_cache(name: str) -> Path | None:
+    """The folder in the hub's cache that has all configurations of the model `name`."""
+    try:
+        files = [try_to_load_from_cache(name, f"{part}/config.json") for part in MODELS]
+    except HFValidationError:  # no hub id, such as a folder that is not there
+        return None
+    return Path(files[0]).parents[1] if all(isinstance(file, str) for file in files) else None
 
 
 # --- Memory ---

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, T5EncoderModel
 
 from medart_core import quantization
@@ -91,7 +92,7 @@ def load(
     `text_encoder_quantization` is `int8`, `nf4` or None.
 
     Raises:
-        UserError: if a part is missing or cannot be fetched.
+        UserError: if a part is missing, damaged, of another model, or cannot be fetched.
     """
     path = find(name)
     where: dict[str, Any] = {"revision": revision} if revision else {}
@@ -111,10 +112,12 @@ def load(
             scheduler=DPMSolverMultistepScheduler.from_pretrained(path, subfolder="scheduler", **where),
             name=str(name or NANO),
         )
-    except OSError as error:
-        first_line = str(error).strip().splitlines()[0]
+    except torch.OutOfMemoryError:  # a RuntimeError that no download mends
+        raise
+    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError) as error:
+        first_line = (str(error).strip() or "a file is empty").splitlines()[0].rstrip(".")
         raise UserError(
-            f"cannot load {path}: {first_line} Download it where there is a network "
+            f"cannot load {path}: {first_line}. Download it where there is a network "
             f"(hf download {path}) and give the folder, or set HF_HOME to a cache that has it"
         ) from error
     for part in (parts.vae, parts.transformer):

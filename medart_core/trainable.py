@@ -25,7 +25,7 @@ def build(
 ) -> PixArt:
     """The options of these names, built; all dropout is off, and the adapters are equal on all processes."""
     if random_weights:
-        model = full_size.build_random(dtype, device, seed, text_encoder_quantization)
+        model = full_size.build_random(dtype, device, quantize=text_encoder_quantization)
     else:
         where = pretrained_model_name_or_path, dtype, device, revision, variant
         model = pretrained.load(*where, text_encoder_quantization)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_grad import decode_latents, sample_latents
-from medart_core import full_size, latents, lora, pretrained
+from medart_core import full_size, latents, lora, pretrained, trainable
 from medart_core.objectives import color_distribution_loss
 from medart_core.sampling import initial_noise
 from medart_core.text import encode_with_negative
@@ -69,6 +69,26 @@ def test_random_weights_follow_from_the_seed(small):
         assert all(not torch.equal(states[0][name], states[2][name]) for name in drawn)
     assert a.text_encoder.shared.weight is a.text_encoder.encoder.embed_tokens.weight
     assert a.image_size == 512 and a.name == full_size.NAME
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_dtype_and_quantisation_only_round_the_base(small, quantize):
+    exact = full_size.build_random(torch.float32, CPU)
+    rounded = full_size.build_random(torch.bfloat16, CPU, quantize=quantize)
+    for part in PARTS if quantize is None else ("vae", "transformer"):
+        expected = getattr(exact, part).bfloat16().state_dict()
+        assert all(torch.equal(expected[name], p) for name, p in getattr(rounded, part).state_dict().items())
+
+
+def test_a_run_of_any_seed_trains_on_the_base_that_is_sampled(small):
+    unset = ("pretrained_model_name_or_path", "revision", "variant", "text_encoder_quantization", "lora_alpha")
+    off = ("use_dora", "use_rslora", "no_text_encoder_lora", "gradient_checkpointing", "compile")
+    options: Any = dict.fromkeys(unset) | dict.fromkeys(off, False)
+    trained = trainable.build(torch.float32, CPU, **options, random_weights=True, rank=2, seed=7)
+    base = full_size.build_random(torch.float32, CPU)
+    assert torch.equal(
+        trained.transformer.base_model.model.proj_out.base_layer.weight, base.transformer.proj_out.weight
+    )
 
 
 def test_the_table_of_positions_is_the_real_one(small):

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline
+from diffusers import AutoencoderKL, PixArtAlphaPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5EncoderModel
 
 from medart_core import lora, lora_file, pretrained
 from medart_core.errors import UserError
@@ -231,6 +232,13 @@ def test_merging_keeps_the_dtype_on_disk(run, tiny_pixart, tmp_path):
             assert {tensor.dtype for tensor in load_file(file).values()} == {torch.bfloat16}
         assert json.loads((merged / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
         assert stock(merged).text_encoder.dtype == torch.float32
+
+
+def test_a_part_that_was_built_and_not_loaded_has_its_own_dtype():
+    """diffusers' configuration has no name then, T5's has an empty one."""
+    text = T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=1))
+    for part, model in (("vae", AutoencoderKL()), ("text_encoder", text)):
+        assert lora_file.stored_dtype(model.bfloat16(), part) == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

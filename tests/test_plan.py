@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from medart_core import full_size, lora, plan, pretrained
+from medart_core.errors import UserError
 from medart_core.text import encode_prompts
 
 GIB = 2**30 / 1e9
@@ -132,6 +133,24 @@ def test_models_are_described_without_loading_them(tiny_pixart, monkeypatch, tmp
         file.write_bytes(b"not weights")
     assert "on the disk" in plan.describe(str(tiny), {})[0] and "VAE 0.0" not in plan.describe(str(tiny), {})[1]
     assert plan.describe("some/model-nobody-has", {})[1].endswith("not known before the download")
+
+
+def test_a_folder_that_is_no_pipeline_is_named(tiny_pixart, tmp_path):
+    with pytest.raises(UserError, match=f"^{tmp_path} is no PixArt pipeline folder"):
+        plan.describe(str(tmp_path), {})
+    folder = shutil.copytree(tiny_pixart, tmp_path / "pixart")
+    (folder / "vae" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=f"^{folder} is no PixArt pipeline folder"):
+        plan.describe(str(folder), {})
+
+
+def test_a_name_nowhere_and_a_cache_in_part_are_of_unknown_size(monkeypatch, tmp_path):
+    config = tmp_path / "transformer" / "config.json"
+    found = {"transformer/config.json": str(config)}
+    monkeypatch.setattr(plan, "try_to_load_from_cache", lambda name, file: found.get(file))
+    assert plan.find_model("some/model")[0] is None
+    monkeypatch.undo()
+    assert plan.find_model("/nosuch")[0] is None
 
 
 def test_times_are_those_between_updates(monkeypatch):

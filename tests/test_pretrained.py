@@ -123,6 +123,24 @@ def test_a_missing_shard_is_named(published, tmp_path):
         pretrained.load(folder, torch.float32, CPU)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer", "tokenizer"])
+def test_a_damaged_part_is_one_line_with_the_folder(tiny_pixart, tmp_path, part):
+    folder = shutil.copytree(tiny_pixart, tmp_path / "pixart")
+    file = next((folder / part).glob("*.safetensors"), folder / part / "tokenizer.json")
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=f"^cannot load {folder}: [^\n]*$"):
+        pretrained.load(folder, torch.float32, CPU)
+
+
+def test_a_full_device_is_no_damaged_model(tiny_pixart, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(pretrained, "_load_text_encoder", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        pretrained.load(tiny_pixart, torch.float32, CPU)
+
+
 @pytest.fixture(scope="module", params=quantization.KINDS)
 def quantized(request) -> pretrained.PixArt:
     """The bundled model with a quantised T5."""
