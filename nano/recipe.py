@@ -1,11 +1,18 @@
 """The recipe of the demo, of the colour table and of the bundled LoRA: one set of options for medart.py."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from medart_core import checkpoint
+from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {
+    "no_hldf": False,
     "center_crop": True,
     "cache_latents": True,
     "train_batch_size": 24,
@@ -24,10 +31,10 @@ OPTIONS = {
 }
 
 
-def arguments(output_dir: Path, steps: int, seed: int, **changes) -> list[str]:
-    """medart.py's command line for a run by the recipe, with some options changed."""
+def arguments(output_dir: Path, options: dict[str, Any]) -> list[str]:
+    """medart.py's command line for a run with these options."""
     command = [f"--output_dir={output_dir}"]
-    for name, value in {**OPTIONS, "max_train_steps": steps, "seed": seed, **changes}.items():
+    for name, value in options.items():
         command += [f"--{name}"] if value is True else [] if value is False else [f"--{name}={value}"]
     return command
 
@@ -36,12 +43,22 @@ def finetune(output_dir: Path, steps: int, seed: int, **changes) -> None:
     """Run medart.py in a process of its own, unless that run is finished; an interrupted one goes on.
 
     Raises:
+        UserError: naming the options that differ, when another run is finished there.
         SystemExit: with medart.py's exit code, when it failed.
     """
-    if (output_dir / "finished.json").exists():
+    options = OPTIONS | {"max_train_steps": steps, "seed": seed} | changes
+    if (output_dir / checkpoint.FINISHED).exists():
+        before = json.loads((output_dir / checkpoint.OPTIONS).read_text())
+        pairs = [(name, before.get(name), value) for name, value in options.items()]
+        changed = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+        if changed:
+            raise UserError(
+                f"{output_dir} holds another finished run ({', '.join(changed)}); "
+                "move it away, or give nano/demo.py another --out"
+            )
         print(f"{output_dir} is finished already", flush=True)
         return
     script = [sys.executable, str(ROOT / "medart.py")]
-    code = subprocess.run([*script, *arguments(output_dir, steps, seed, **changes)]).returncode
+    code = subprocess.run([*script, *arguments(output_dir, options)]).returncode
     if code:
         sys.exit(code)

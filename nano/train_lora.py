@@ -8,11 +8,15 @@ The run is kept in results/lora-chest-xray; the adapters go, in bf16, to nano/lo
 import argparse
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from recipe import OPTIONS, ROOT, finetune
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(ROOT))
+from medart_core.errors import exit_codes
 
 TARGET = ROOT / "nano" / "lora-chest-xray"
 CARD = """# LoRA of nano/pixart for chest X-rays
@@ -44,4 +48,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -1,6 +1,8 @@
 """The demo's figures: they are zero for the real images themselves and grow with a tint."""
 
+import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 import demo
 import recipe
 
-from medart_core import options
+from medart_core import checkpoint, options
 from medart_core.errors import UserError
 from medart_core.medart_options import MedArtOptions
 
@@ -49,10 +51,37 @@ def test_summary_gives_mean_and_range_over_seeds(tmp_path, capsys):
 
 
 def test_the_recipe_is_one_that_medart_takes():
-    arguments = recipe.arguments(Path("out"), steps=5, seed=1, no_hldf=True)
+    wanted = recipe.OPTIONS | {"max_train_steps": 5, "seed": 1, "no_hldf": True}
+    arguments = recipe.arguments(Path("out"), wanted)
     opts = options.parse(MedArtOptions, None, arguments)
     assert opts.no_hldf and opts.cache_latents and (opts.max_train_steps, opts.seed) == (5, 1)
 
 
 def test_the_demo_makes_enough_hldf_updates():
     assert len(range(0, demo.STEPS, recipe.OPTIONS["N_steps"])) >= 40
+
+
+def test_a_finished_run_is_taken_only_if_it_is_the_one_asked_for(tmp_path, monkeypatch, capsys):
+    commands = []
+
+    def medart(command):
+        commands.append(command)
+        opts = options.parse(MedArtOptions, None, command[2:])
+        tmp_path.joinpath("options.json").write_text(json.dumps(dataclasses.asdict(opts)))
+        checkpoint.finish(tmp_path, opts.max_train_steps or 0, [])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", medart)
+    for _ in range(2):
+        recipe.finetune(tmp_path, steps=5, seed=0)
+    assert len(commands) == 1 and f"{tmp_path} is finished already" in capsys.readouterr().out
+    for changes, difference in (
+        ({"seed": 1}, "seed 0 -> 1"),
+        ({"steps": 6}, "max_train_steps 5 -> 6"),
+        ({"no_hldf": True}, "no_hldf False -> True"),
+    ):
+        with pytest.raises(UserError, match=rf"another finished run \({difference}\); move it away"):
+            recipe.finetune(tmp_path, **{"steps": 5, "seed": 0, **changes})
+    medart(["python", "medart.py", "--no_hldf", f"--output_dir={tmp_path}"])  # a run of somebody's own
+    with pytest.raises(UserError, match=r"no_hldf True -> False, .*train_batch_size"):
+        recipe.finetune(tmp_path, steps=5, seed=0)
