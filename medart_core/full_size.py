@@ -46,8 +46,8 @@ def build_random(dtype: torch.dtype, device: torch.device, seed: int = 0, quanti
     """A frozen PixArt of the published shapes, each tensor drawn on the device where it will stay.
 
     The weights follow from the seed and the kind of device; `dtype` only rounds them, so that a LoRA trained in bf16
-    finds its base again in fp32. `quantize`, `int8` or `nf4`, is for T5. The tokenizer is the bundled model's: its ids are within T5's 32,128, and
-    without trained weights it does not matter what they mean.
+    finds its base again in fp32. `quantize`, `int8` or `nf4`, is for T5. The tokenizer is the bundled model's: its
+    ids are within T5's 32,128, and without trained weights it does not matter what they mean.
     """
     draws = torch.Generator(device).manual_seed(seed)
     text_encoder, vae, transformer = build_empty()
