@@ -26,6 +26,7 @@ from medart_core.errors import UserError, exit_codes
 from medart_core.medart_options import image_sides, resolution
 from medart_core.pictures import image_grid
 from medart_core.sampling import sample_images
+from medart_core.text import MAX_TOKENS
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_RUN = ROOT / "medart"
@@ -80,8 +81,32 @@ def parse_options() -> argparse.Namespace:
 
 
 def read_json(file: Path) -> dict:
-    """A small JSON file's content; empty when there is none."""
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """The object in a small JSON file; empty when there is none."""
+    try:
+        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); remove it to sample without what it says") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not of medart.py; remove it to sample without what it says")
+    return content
+
+
+def run_settings(lora: Path) -> dict:
+    """What the run of a LoRA says of itself: its options, under what it wrote when it was finished.
+
+    `lora` is the run's folder, the file in it or a checkpoint; empty for a LoRA that lies elsewhere.
+    """
+    folder = (lora.parent if lora.is_file() else lora).resolve()
+    for run in (folder, folder.parent):
+        if settings := read_json(run / OPTIONS) | read_json(run / FINISHED):
+            return settings
+    return {}
+
+
+def height_and_width(size: int | str | list[int]) -> tuple[int, ...]:
+    """An image's sides from a resolution as the command line, options.json or finished.json has it."""
+    sides = tuple(size) if isinstance(size, list) else image_sides(size)
+    return sides if isinstance(sides, tuple) else (sides, sides)
 
 
 def choose_family(options: argparse.Namespace, run: Path) -> tuple[str, str]:
@@ -91,8 +116,8 @@ def choose_family(options: argparse.Namespace, run: Path) -> tuple[str, str]:
     if options.prompt or options.prompts or options.lora or options.model or options.random_weights:
         return "PixArt", "PixArt, because of --prompt, --prompts, --lora, --model or --random-weights"
     if (run / FINISHED).is_file():
-        size = read_json(run / OPTIONS).get("resolution") or pretrained.NANO_SIZE
-        if options.image_size in (None, size):
+        size = height_and_width(run_settings(run).get("resolution") or pretrained.NANO_SIZE)
+        if options.image_size is None or height_and_width(options.image_size) == size:
             options.lora = run
             return "PixArt", f"PixArt with the finished run in {run.name}/"
     if options.image_size in (256, 512):
@@ -100,17 +125,18 @@ def choose_family(options: argparse.Namespace, run: Path) -> tuple[str, str]:
     return "PixArt", "the bundled PixArt model nano/pixart"
 
 
-def choose_prompts(options: argparse.Namespace) -> list[str]:
-    """The prompts asked for, else those of the LoRA's own sample grids, else some for the bundled model."""
+def choose_prompts(options: argparse.Namespace, settings: dict) -> list[str]:
+    """The prompts asked for, else those of the sample grids of the LoRA's run, else some for the bundled model."""
     prompts = list(options.prompt or [])
     if options.prompts:
         if not options.prompts.is_file():
             raise UserError(f"{options.prompts} does not exist; give a text file with one prompt per line")
-        prompts += [line.strip() for line in options.prompts.read_text("utf-8").splitlines() if line.strip()]
-    if options.lora and not prompts:
-        run = options.lora.parent if options.lora.is_file() else options.lora
-        prompts = read_json(run / FINISHED).get("prompts", [])
-    return prompts or NANO_PROMPTS
+        try:
+            lines = options.prompts.read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{options.prompts} is not UTF-8 ({error}); save it as UTF-8 text") from error
+        prompts += [line.strip() for line in lines if line.strip()]
+    return prompts or settings.get("prompts") or settings.get("validation_prompt") or NANO_PROMPTS
 
 
 def load_model(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> pretrained.PixArt:
@@ -153,7 +179,8 @@ def main() -> None:
         raise UserError("class-conditional DiT sampling is not part of this version yet; use --prompt or --lora")
     if options.merge:
         return merge(options)
-    prompts = choose_prompts(options)
+    settings = run_settings(options.lora) if options.lora else {}
+    prompts = choose_prompts(options, settings)
     out = choose_folder(options.out)
     device = pretrained.pick_device()
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
@@ -161,9 +188,9 @@ def main() -> None:
     if remark:
         print(remark)
     model = load_model(options, dtype, device)
-    size = image_sides(options.image_size or model.image_size)
+    size = height_and_width(options.image_size or model.image_size)
     step = 2 * model.vae_scale_factor
-    if any(side <= 0 or side % step for side in (size if isinstance(size, tuple) else (size,))):
+    if any(side <= 0 or side % step for side in size):
         raise UserError(f"--image-size {options.image_size} does not fit the model; give a multiple of {step}")
     jobs = [(prompt, options.seed + n) for prompt in prompts for n in range(options.num_images)]
     images = sample_images(
@@ -174,6 +201,7 @@ def main() -> None:
         num_inference_steps=options.num_inference_steps,
         guidance_scale=options.cfg_scale,
         negative_prompt=options.negative_prompt,
+        max_token_length=settings.get("max_token_length") or MAX_TOKENS,
         batch_size=options.batch_size,
     )
     pictures = []

@@ -253,8 +253,8 @@ FREE_ON_RESUME = frozenset(
 # Which options go to which part of the program.
 PARTS = {
     "model": (
-        "pretrained_model_name_or_path", "revision", "variant", "random_weights", "text_encoder_quantization",
-        "seed", "rank", "lora_alpha", "use_dora", "use_rslora", "no_text_encoder_lora",
+        "pretrained_model_name_or_path", "revision", "variant", "cache_dir", "random_weights",
+        "text_encoder_quantization", "seed", "rank", "lora_alpha", "use_dora", "use_rslora", "no_text_encoder_lora",
         "gradient_checkpointing",
     ),
     "data": (

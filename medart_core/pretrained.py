@@ -85,6 +85,7 @@ def load(
     revision: str | None = None,
     variant: str | None = None,
     text_encoder_quantization: str | None = None,
+    cache_dir: str | None = None,
 ) -> PixArt:
     """Load a PixArt-alpha pipeline's parts from a folder or a hub id; `None` is the bundled nano model.
 
@@ -95,7 +96,8 @@ def load(
         UserError: if a part is missing, damaged, of another model, or cannot be fetched.
     """
     path = find(name)
-    where: dict[str, Any] = {"revision": revision} if revision else {}
+    places = (("revision", revision), ("cache_dir", cache_dir))
+    where: dict[str, Any] = {name: value for name, value in places if value}
     weights = {**where, "variant": variant, "use_safetensors": None} if variant else where
     if Path(path).is_dir() and (missing := [part for part in PARTS if not (Path(path) / part).is_dir()]):
         raise UserError(

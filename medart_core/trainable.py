@@ -13,6 +13,7 @@ def build(
     pretrained_model_name_or_path: str | None,
     revision: str | None,
     variant: str | None,
+    cache_dir: str | None,
     random_weights: bool,
     text_encoder_quantization: str | None,
     rank: int,
@@ -28,7 +29,7 @@ def build(
         model = full_size.build_random(dtype, device, quantize=text_encoder_quantization)
     else:
         where = pretrained_model_name_or_path, dtype, device, revision, variant
-        model = pretrained.load(*where, text_encoder_quantization)
+        model = pretrained.load(*where, text_encoder_quantization, cache_dir)
     pretrained.set_gradient_checkpointing(model, gradient_checkpointing)
     torch.manual_seed(seed)  # of the adapters' initialisation
     shape = rank, lora_alpha, model.name, use_dora, use_rslora

@@ -81,7 +81,14 @@ def test_dtype_and_quantisation_only_round_the_base(small, quantize):
 
 
 def test_a_run_of_any_seed_trains_on_the_base_that_is_sampled(small):
-    unset = ("pretrained_model_name_or_path", "revision", "variant", "text_encoder_quantization", "lora_alpha")
+    unset = (
+        "pretrained_model_name_or_path",
+        "revision",
+        "variant",
+        "cache_dir",
+        "text_encoder_quantization",
+        "lora_alpha",
+    )
     off = ("use_dora", "use_rslora", "no_text_encoder_lora", "gradient_checkpointing")
     options: Any = dict.fromkeys(unset) | dict.fromkeys(off, False)
     trained = trainable.build(torch.float32, CPU, **options, random_weights=True, rank=2, seed=7)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -48,6 +49,44 @@ def test_a_finished_run_of_the_asked_size_comes_first(monkeypatch, tmp_path, arg
     assert expected in family(monkeypatch, tmp_path, *arguments)[1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "finished run"),
+        (["--image-size", "512"], "finished run"),
+        (["--image-size", "512x512"], "finished run"),
+        (["--image-size", "256"], "DiT-XL/2"),
+    ],
+)
+def test_a_run_of_its_models_own_size_says_which(monkeypatch, tmp_path, arguments, expected):
+    (tmp_path / "finished.json").write_text(json.dumps({"resolution": [512, 512]}))
+    (tmp_path / "options.json").write_text(json.dumps({"resolution": None}))
+    assert expected in family(monkeypatch, tmp_path, *arguments)[1]
+
+
+@pytest.mark.parametrize("name", ["finished.json", "options.json"])
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} (cannot be read|is not of medart.py)[^\n]*$"):
+        sample.run_settings(tmp_path)
+
+
+def test_settings_of_a_run_from_its_folder_a_checkpoint_and_a_file(monkeypatch, tmp_path):
+    checkpoint, file = tmp_path / "run" / "checkpoint-5", tmp_path / "run" / "one.safetensors"
+    checkpoint.mkdir(parents=True)
+    file.touch()
+    (tmp_path / "run" / "options.json").write_text(json.dumps({"validation_prompt": ["x"], "max_token_length": 77}))
+    expected = {"validation_prompt": ["x"], "max_token_length": 77}
+    for finished in ({}, {"prompts": ["a chest"], "max_token_length": 60}):
+        (tmp_path / "run" / "finished.json").write_text(json.dumps(finished))
+        for place in (file.parent, file, checkpoint):
+            assert sample.run_settings(place) == expected | finished
+    monkeypatch.chdir(checkpoint)
+    assert sample.run_settings(sample.Path("."))["max_token_length"] == 60
+    assert sample.run_settings(tmp_path) == {}
+
+
 def test_random_weights_are_for_who_asks_and_for_loras_made_on_them(monkeypatch):
     monkeypatch.setattr(sample.full_size, "build_random", lambda *_: "random")
     monkeypatch.setattr(sample.pretrained, "load", lambda name, *_: name)
@@ -79,7 +118,8 @@ def run(tmp_path_factory, tiny_pixart):
         for parameter in lora.trainable_parameters(adapted):
             torch.nn.init.normal_(parameter, std=0.2)
         lora.save(adapted, folder / f"{part}_lora")
-    (folder / "finished.json").write_text(json.dumps({"prompts": ["a chest"]}))
+    (folder / "finished.json").write_text(json.dumps({"prompts": ["a chest"], "max_token_length": 60}))
+    shutil.copytree(folder / "transformer_lora", folder / "checkpoint-5" / "transformer_lora")
     lora_file.export(folder, folder.parent / "one.safetensors")
     return folder
 
@@ -122,6 +162,25 @@ def test_images_table_and_grid(monkeypatch, tmp_path, tiny_pixart, capsys):
         call(monkeypatch, *shared, "--out", out)
     call(monkeypatch, *shared, "--seed", 6, "--num-images", 1, "--out", tmp_path / "again")
     assert (tmp_path / "again" / "000000.png").read_bytes() == (out / "000001.png").read_bytes()
+
+
+@pytest.mark.parametrize(("source", "prompts", "tokens"), [
+    (".", ["a chest"], 60), ("checkpoint-5", ["a chest"], 60), ("../one.safetensors", sample.NANO_PROMPTS, 120),
+])  # fmt: skip
+def test_a_run_gives_its_prompts_and_their_length(monkeypatch, tmp_path, run, source, prompts, tokens):
+    def draw(_, texts, *__, max_token_length, **___):
+        assert (texts, max_token_length) == (prompts, tokens)
+        return iter(torch.zeros(len(texts), 32, 32, 3, dtype=torch.uint8))
+
+    monkeypatch.setattr(sample, "sample_images", draw)
+    call(monkeypatch, "--lora", run / source, "--num-images", 1, "--out", tmp_path / "out")
+
+
+def test_prompts_that_are_not_utf8_are_named(monkeypatch, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("Röntgen".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8"):
+        call(monkeypatch, "--prompts", file, "--out", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
