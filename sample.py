@@ -103,9 +103,9 @@ def run_settings(lora: Path) -> dict:
     return {}
 
 
-def height_and_width(size: int | str | list[int]) -> tuple[int, ...]:
+def height_and_width(size: int | str | list[int]) -> tuple[int, int]:
     """An image's sides from a resolution as the command line, options.json or finished.json has it."""
-    sides = tuple(size) if isinstance(size, list) else image_sides(size)
+    sides = (size[0], size[1]) if isinstance(size, list) else image_sides(size)
     return sides if isinstance(sides, tuple) else (sides, sides)
 
 

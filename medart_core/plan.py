@@ -142,7 +142,8 @@ def _find_in_cache(name: str) -> Path | None:
         files = [try_to_load_from_cache(name, f"{part}/config.json") for part in MODELS]
     except HFValidationError:  # no hub id, such as a folder that is not there
         return None
-    return Path(files[0]).parents[1] if all(isinstance(file, str) for file in files) else None
+    found = [Path(file).parents[1] for file in files if isinstance(file, str)]
+    return found[0] if len(found) == len(MODELS) else None
 
 
 # --- Memory ---

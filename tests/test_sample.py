@@ -41,7 +41,11 @@ def test_family_without_a_finished_run(monkeypatch, tmp_path, arguments, expecte
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
-    [([], "finished run"), (["--image-size", "512"], "finished run"), (["--image-size", "256"], "DiT-XL/2")],
+    [
+        ([], "with the finished run"),
+        (["--image-size", "512"], "with the finished run"),
+        (["--image-size", "256"], "DiT-XL/2"),
+    ],
 )
 def test_a_finished_run_of_the_asked_size_comes_first(monkeypatch, tmp_path, arguments, expected):
     (tmp_path / "finished.json").write_text("{}")
@@ -52,9 +56,9 @@ def test_a_finished_run_of_the_asked_size_comes_first(monkeypatch, tmp_path, arg
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "finished run"),
-        (["--image-size", "512"], "finished run"),
-        (["--image-size", "512x512"], "finished run"),
+        ([], "with the finished run"),
+        (["--image-size", "512"], "with the finished run"),
+        (["--image-size", "512x512"], "with the finished run"),
         (["--image-size", "256"], "DiT-XL/2"),
     ],
 )
