@@ -68,7 +68,7 @@ def test_a_finished_run_is_taken_only_if_it_is_the_one_asked_for(tmp_path, monke
         commands.append(command)
         opts = options.parse(MedArtOptions, None, command[2:])
         tmp_path.joinpath("options.json").write_text(json.dumps(dataclasses.asdict(opts)))
-        checkpoint.finish(tmp_path, opts.max_train_steps or 0, [])
+        checkpoint.finish(tmp_path, opts.max_train_steps or 0, prompts=[])
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", medart)
