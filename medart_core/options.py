@@ -42,8 +42,8 @@ def add_options(parser: argparse.ArgumentParser, options_type: type) -> None:
         if kind is bool:
             groups[group].add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         elif typing.get_origin(kind) is list:
-            repeatable = {"action": "append", "metavar": "TEXT", "default": argparse.SUPPRESS}
-            groups[group].add_argument(flag, **repeatable, help=f"{text}; repeatable")
+            text += "; repeatable"
+            groups[group].add_argument(flag, action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
         else:
             shown = text if item.default is None else f"{text} (default: {item.default})"
             metavar = {int: "N", float: "X", str: "TEXT"}[kind] if item.metadata["choices"] is None else None
@@ -77,7 +77,7 @@ def parse(
         content = read_config(file, [item.name for item in dataclasses.fields(options_type)])
         below = {name: value for name, value in content.items() if value is None or value is False}
         below |= vars(parser.parse_args(_command_line(content)))
-    preset = presets.get(given.get("preset") or below.get("preset"), {})
+    preset = presets.get(given.get("preset") or below.get("preset") or "", {})
     options = options_type(**{**preset, **below, **given})
     options.check()
     return options

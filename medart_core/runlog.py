@@ -71,8 +71,14 @@ class RunLog:
         count, size = self.opts.num_validation_images, image_sides(self.opts.resolution or model.image_size)
         seeds = [self.opts.seed + column for column in range(count)] * len(self.prompts)
         repeated = [prompt for prompt in self.prompts for _ in range(count)]
-        length = {"max_token_length": self.opts.max_token_length}
-        images = sample_images(model, repeated, seeds, image_size=size, batch_size=min(4, len(seeds)), **length)
+        images = sample_images(
+            model,
+            repeated,
+            seeds,
+            image_size=size,
+            batch_size=min(4, len(seeds)),
+            max_token_length=self.opts.max_token_length,
+        )
         pictures = [Image.fromarray(image.numpy()) for image in images]
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
         picture = image_grid(rows, row_names=self.prompts, cell=min(pictures[0].width, 256))
