@@ -12,7 +12,7 @@ help:
 	@echo "make test     run the tests"
 	@echo "make lint     check style and types"
 	@echo "make bench    time ordinary and HLDF steps beside a plain baseline; the last line is JSON"
-	@echo "make soak     the long campaigns: resumes, kills, a step at full size (an hour; 24 GB of memory)"
+	@echo "make soak     the long campaigns: resumes, kills, a step at full size (half an hour; 16 GB of memory)"
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
 	@echo "make figures  run the demo and copy its picture into img/ for the README"
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
