@@ -187,14 +187,6 @@ def find(folder: Path) -> tuple[Path | None, Path | None]:
     return found[0], found[1]
 
 
-def base_model(folders: Sequence[Path | None]) -> str | None:
-    """Name of the pipeline that saved adapters belong to."""
-    for folder in folders:
-        if folder is not None:
-            return json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
-    return None
-
-
 def load(model: nn.Module, folder: Path | None) -> nn.Module:
     """`model` with the adapters of `folder` in evaluation mode; without a folder, `model` itself."""
     if folder is None:

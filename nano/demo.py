@@ -21,7 +21,7 @@ from PIL import Image
 from recipe import OPTIONS, ROOT, finetune
 
 sys.path.insert(0, str(ROOT))
-from medart_core import lora, pretrained
+from medart_core import lora_file, pretrained
 from medart_core.data import ImageTransform, open_image
 from medart_core.errors import UserError, exit_codes
 from medart_core.objectives import chroma, color_statistics
@@ -52,9 +52,7 @@ def sampled_images(captions: list[str], per_class: int, run: Path | None) -> tor
     device = pretrained.pick_device()
     model = pretrained.load(None, torch.float32, device)
     if run:
-        folders = lora.find(run)
-        model.transformer = lora.load(model.transformer, folders[0])
-        model.text_encoder = lora.load(model.text_encoder, folders[1])
+        lora_file.load(model, run)
     prompts = [caption for caption in captions for _ in range(per_class)]
     seeds = list(range(per_class)) * len(captions)  # the same noise for every class and row
     dtype, _ = pretrained.pick_dtype("bf16", device)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from medart_core import lora, pretrained
+from medart_core import lora_file, pretrained
 from medart_core.images import open_image
 from medart_core.sampling import sample_images
 
@@ -71,11 +71,10 @@ def test_the_bundled_lora_makes_the_base_grey(model):
         return (images.amax(dim=-1) - images.amin(dim=-1)).mean().item()
 
     base = chroma()
-    folders = lora.find(ROOT / "nano" / "lora-chest-xray")
-    model.transformer = lora.load(model.transformer, folders[0])
-    model.text_encoder = lora.load(model.text_encoder, folders[1])
+    adapters = lora_file.read(ROOT / "nano" / "lora-chest-xray")
+    lora_file.apply(model, adapters)
     assert chroma() < base / 2
-    assert lora.base_model(folders) == "nano/pixart"
+    assert lora_file.base_model(adapters) == "nano/pixart"
 
 
 def test_records_of_quality_are_there():
