@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, T5Config, T5ForConditionalGeneration
+
 from llava_next_captioner import Answer, CaptionerError, Request, TransformersEngine
 from llava_next_captioner.decoding import Sampling, choose, gumbel_noise
 from llava_next_captioner.random_weights import PUBLISHED, byte_processor, random_engine, random_model
 from llava_next_captioner.shortening import T5Shortener
-from PIL import Image
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, T5Config, T5ForConditionalGeneration
 
 GRID = [[28, 56], [56, 28], [56, 56]]
 SIZES = [(40, 60), (100, 30), (64, 64), (20, 90), (56, 56)]
@@ -164,9 +165,8 @@ def test_t5_shortener(tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "nano/pixart/tokenizer")
     tokenizer.save_pretrained(tmp_path)
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
+    config = T5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    config.decoder_start_token_id = 0  # pyright: ignore[reportAttributeAccessIssue]
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     shortener = T5Shortener(str(tmp_path))
     seen: list[str] = []
