@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_next_captioner.engines import stream_seed
@@ -31,9 +30,9 @@ class Sampling:
 class Prefill:
     """What a language model keeps of B prompts of up to P tokens, with room for T new ones after them.
 
-    `cache` holds the keys and values of each layer, (B, heads, P + T, head size). All prompts end at P, the shorter ones
-    start later; the room may be written to again and again. `lengths` (B,) are the prompts', `logits` (B, vocabulary)
-    those of the first new token.
+    `cache` holds the keys, (B, heads, head size, P + T), and values, (B, heads, P + T, head size), of each layer: keys lie
+    as a product with one query reads them fastest. All prompts end at P, the shorter ones start later; the room may be
+    written to again and again. `lengths` (B,) are the prompts', `logits` (B, vocabulary) those of the first new token.
     """
 
     cache: list[tuple[Tensor, Tensor]]
@@ -48,8 +47,11 @@ class Prefill:
         longest = int(lengths.max())
         like = {"dtype": model.dtype, "device": model.device}
         head_dim = model.model.language_model.layers[0].self_attn.head_dim
-        shape = (len(lengths), config.num_key_value_heads, longest + room, head_dim)
-        cache = [(torch.zeros(shape, **like), torch.zeros(shape, **like)) for _ in range(config.num_hidden_layers)]
+        each = (len(lengths), config.num_key_value_heads)
+        cache = [
+            (torch.zeros(*each, head_dim, longest + room, **like), torch.zeros(*each, longest + room, head_dim, **like))
+            for _ in range(config.num_hidden_layers)
+        ]
         return cls(cache, lengths.to(model.device), torch.zeros(len(lengths), config.vocab_size, **like), longest)
 
     def fill(self, rows: list[int], layers: Any, logits: Tensor) -> None:
@@ -57,7 +59,7 @@ class Prefill:
         for place, row in enumerate(rows):
             length = int(self.lengths[row])
             for (keys, values), layer in zip(self.cache, layers, strict=True):
-                keys[row, :, self.longest - length : self.longest] = layer.keys[place, :, :length]
+                keys[row, :, :, self.longest - length : self.longest] = layer.keys[place, :, :length].mT
                 values[row, :, self.longest - length : self.longest] = layer.values[place, :, :length]
         self.logits[rows] = logits
 
@@ -74,8 +76,8 @@ class Prefill:
         if bool((self.lengths == self.longest).all()):
             return None
         keys = self.cache[0][0]
-        place = torch.arange(keys.shape[2], device=keys.device)
-        return keys.new_zeros(len(keys), 1, 1, keys.shape[2]).masked_fill_(
+        place = torch.arange(keys.shape[3], device=keys.device)
+        return keys.new_zeros(len(keys), 1, 1, keys.shape[3]).masked_fill_(
             (place < (self.longest - self.lengths)[:, None])[:, None, None], -torch.inf
         )
 
@@ -151,13 +153,14 @@ def _step(
         normed = layer.input_layernorm(hidden)
         query, key = attention.q_proj(normed).view(heads), attention.k_proj(normed).view(heads)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        keys[:, :, place] = key
+        keys[..., place] = key
         values[:, :, place] = attention.v_proj(normed).view(heads)
         # The query heads that share a key head stand where a sequence of queries would: nothing is repeated.
         grouped = query.view(len(tokens), keys.shape[1], -1, attention.head_dim)
-        attended = F.scaled_dot_product_attention(
-            grouped, keys[:, :, : place + 1], values[:, :, : place + 1], seen, scale=attention.scaling
-        )
+        scores = grouped @ keys[..., : place + 1]
+        scores = scores * attention.scaling if seen is None else torch.add(seen, scores, alpha=attention.scaling)
+        shares = scores.softmax(-1, dtype=torch.float32).to(hidden.dtype)
+        attended = shares @ values[:, :, : place + 1]
         hidden = hidden + attention.o_proj(attended.reshape(len(tokens), -1))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return language_model.norm(hidden)
