@@ -2,6 +2,7 @@
 
     python prepare.py chest-xray
     python prepare.py dermoscopy-patches
+    python prepare.py histology
     python prepare.py kvasir kvasir-dataset-v2.zip
     python prepare.py isic ISIC-2017_Training_Data.zip --csv ISIC-2017_Training_Part3_GroundTruth.csv
     python prepare.py ham10000 HAM10000/
@@ -26,7 +27,9 @@ ROOT = Path(__file__).resolve().parent
 PACKAGED = {
     "chest-xray": (packaged_sets.chest_xrays, packaged_sets.XRAY_CAPTION),
     "dermoscopy-patches": (packaged_sets.dermoscopy_patches, packaged_sets.PATCH_CAPTION),
+    "histology": (packaged_sets.histology, packaged_sets.TILE_CAPTION),
 }
+PACKAGES_OF = {"histology": ("histology", "scikit-image")}  # of the sets that need more than the package of their name
 ON_DISK = {
     "kvasir": ("An endoscopic image of {label}", "Kvasir v2, its 8 class folders"),
     "isic": ("A dermoscopic image of {label}", "images of ISIC 2017 with the ground truth of task 3"),
@@ -43,8 +46,8 @@ def parse_options() -> argparse.Namespace:
     parser.set_defaults(path=None, csv=None, group_pattern=None)
     sets = parser.add_subparsers(dest="set", required=True, metavar=" | ".join([*PACKAGED, *ON_DISK]))
     for name, (_, caption) in PACKAGED.items():
-        source = sources.PACKAGES[name].requirement
-        packaged = sets.add_parser(name, parents=[common], help=f"from the package {source}")
+        source = " and ".join(sources.PACKAGES[package].requirement for package in PACKAGES_OF.get(name, (name,)))
+        packaged = sets.add_parser(name, parents=[common], help=f"from {source}")
         packaged.set_defaults(name=name, source=source, caption=caption)
     on_disk = {}
     for name, (caption, what) in ON_DISK.items():
@@ -76,18 +79,18 @@ def complete_options(options: argparse.Namespace) -> None:
         raise UserError(f"--group-pattern {options.group_pattern!r} is no regular expression ({error})") from error
 
 
-def pictures_of(options: argparse.Namespace) -> tuple[Path, list[Picture]]:
+def pictures_of(options: argparse.Namespace) -> tuple[list[Path], list[Picture]]:
     """Where the pictures come from, and the pictures; their bytes are read later."""
     if options.set in PACKAGED:
-        archive = sources.fetch(options.set)
-        return archive, PACKAGED[options.set][0](archive)
+        archives = [sources.fetch(package) for package in PACKAGES_OF.get(options.set, (options.set,))]
+        return archives, PACKAGED[options.set][0](*archives)
     read = {
         "kvasir": labelled_sets.kvasir,
         "isic": partial(labelled_sets.isic, table=options.csv),
         "ham10000": labelled_sets.ham10000,
         "folder": partial(labelled_sets.class_folder, group_pattern=options.group_pattern),
     }
-    return options.path, read[options.set](options.path)
+    return [options.path], read[options.set](options.path)
 
 
 def main() -> None:
@@ -99,8 +102,9 @@ def main() -> None:
     if prepared.is_there(target, request):
         print(f"{target} is already prepared")
         return
-    archive, pictures = pictures_of(options)
-    prepared.write(target, pictures, request, sources.sha256_of(archive) if archive.is_file() else None)
+    archives, pictures = pictures_of(options)
+    one_file = len(archives) == 1 and archives[0].is_file()
+    prepared.write(target, pictures, request, sources.sha256_of(archives[0]) if one_file else None)
 
 
 if __name__ == "__main__":

