@@ -4,7 +4,7 @@ import csv
 import hashlib
 import io
 import json
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,19 +13,18 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from medart_core.checkpoint import write_text
+from medart_core.checkpoint import disk_faults, take, write_text
 from medart_core.errors import UserError
 from medart_core.images import open_image
-from medart_core.journal import Item, Journal
+from medart_core.journal import Item, Journal, begin
 from medart_core.metadata import METADATA_FILES, raise_first, read_table
-from medart_core.pictures import caption_sheet
 from medart_core.prepared import CAPTIONS, COLUMNS, FRACTIONS, SIMPLE_CAPTIONS
 
 JOURNAL = "captions.jsonl"
 ACCEPTED, SHORTENED, FALLEN_BACK, UNREADABLE = "accepted", "shortened", "fallen back", "unreadable"
 AHEAD = 2  # chunks that are made ready while the model works
-WORST, EXAMPLES = 5, 12
-Job, Done = TypeVar("Job"), TypeVar("Done")
+Job = TypeVar("Job")
+Done = TypeVar("Done")
 
 
 @dataclass(frozen=True)
@@ -145,6 +144,11 @@ class Described:
     outcome: str = UNREADABLE
     text: str | None = None
 
+    @property
+    def readable(self) -> bool:
+        """Whether there is an image, and not only what is wrong with it."""
+        return not isinstance(self.image, str)
+
     def settle(self, outcome: str, text: str) -> None:
         """Give the image its caption."""
         self.outcome, self.text = outcome, text
@@ -152,7 +156,7 @@ class Described:
     def item(self, chunk: int, **facts: Any) -> Item:
         """What the journal keeps of it; `reasons` say why attempts were rejected, each once, or why there was none."""
         failed = [name for attempt in self.attempts for name in attempt["failed"]]
-        reasons = [self.image] if isinstance(self.image, str) else list(dict.fromkeys(failed))
+        reasons = list(dict.fromkeys(failed)) if self.readable else [self.image]
         return {
             "file_name": self.row.file_name, "chunk": chunk, "outcome": self.outcome, "text": self.text,
             "reasons": reasons, "attempts": self.attempts, **facts,
@@ -193,7 +197,9 @@ def _captions_there(folder: Path) -> dict[str, tuple[str, str | None]]:
         try:
             table = list(csv.DictReader(stream, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read ({error}); mend it, or remove it to have it written anew") from error
+            raise UserError(
+                f"{file} cannot be read ({error}); mend it, or remove it to have it written anew"
+            ) from error
     named = [row for row in table if row.get("file_name") and (row.get("text") or "").strip()]
     return {row["file_name"]: (row["text"], row.get("simple_text")) for row in named}
 
@@ -208,64 +214,32 @@ def _as_csv(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return text.getvalue()
 
 
-def write_metadata(split: Split, journal: Journal, labels: Mapping[str, str]) -> int:
-    """Replace metadata.csv, unless it is as it should be, and mark the journal as finished.
+def open_journal(
+    split: Split, settings: Mapping[str, Any], max_images: int | None, overwrite: bool, owner: bool
+) -> Journal:
+    """The journal of a split; of several processes one is the `owner`, who locks and begins it before the others read.
 
-    Returns the number of a person's captions that were kept.
+    Raises:
+        UserError: if another VSG works there, or the journal was made with other settings.
     """
-    content, kept = metadata(split, journal.by_name(), labels, journal.header["overwrite"] and not journal.finished)
+    path = split.folder / JOURNAL
+    if not owner:
+        return Journal.read(path, split.names)
+    with disk_faults(split.folder, "nothing is lost"):
+        take(split.folder, "describes images", "wait for its end")
+        return begin(path, split.names, {**settings, "rows": split.digest()}, split.wanted(max_images), overwrite)
+
+
+def write_metadata(split: Split, journal: Journal, labels: Mapping[str, str]) -> str:
+    """Replace metadata.csv, unless that has been done, and mark the journal as finished; returns a line for people."""
     file = split.folder / CAPTIONS
-    if not file.is_file() or file.read_bytes() != content.encode():
-        write_text(file, content)
+    if journal.finished and file.is_file():
+        return f"{split.folder} is described already"
+    replace = journal.header["overwrite"] and not journal.finished
+    content, kept = metadata(split, journal.by_name(), labels, replace)
+    if content.count("\n") == 1:
+        raise UserError(f"no image of {split.folder} can be read, see {JOURNAL}; mend them and add --overwrite")
+    write_text(file, content)
     journal.finished = True
     journal.publish()
-    return kept
-
-
-def summarize(items: Sequence[Item]) -> dict[str, Any]:
-    """Counts of outcomes and of reasons, the share that fell back, and the images that were rejected most often."""
-    outcomes = Counter(item["outcome"] for item in items)
-    attempts = [attempt for item in items for attempt in item["attempts"]]
-    reasons = Counter(name for attempt in attempts for name in attempt["failed"])
-    readable = len(items) - outcomes[UNREADABLE]
-    rejected = {item["file_name"]: sum(bool(a["failed"]) for a in item["attempts"]) for item in items}
-    by_badness = sorted(items, key=lambda i: (i["outcome"] != FALLEN_BACK, -rejected[i["file_name"]], i["file_name"]))
-    return {
-        "images": len(items),
-        **{name: outcomes[name] for name in (ACCEPTED, SHORTENED, FALLEN_BACK, UNREADABLE)},
-        "fallen_back_share": outcomes[FALLEN_BACK] / readable if readable else 0.0,
-        "attempts": len(attempts),
-        "rejected_attempts": sum(bool(attempt["failed"]) for attempt in attempts),
-        "reasons": dict(reasons.most_common()),
-        "worst": [
-            (item["file_name"], rejected[item["file_name"]], item["reasons"])
-            for item in by_badness
-            if rejected[item["file_name"]]
-        ][:WORST],
-    }
-
-
-def describe_summary(summary: Mapping[str, Any]) -> list[str]:
-    """The summary in lines for people."""
-    counts = ", ".join(f"{summary[name]} {name}" for name in (ACCEPTED, SHORTENED, FALLEN_BACK))
-    left_out = f"; {summary[UNREADABLE]} cannot be read and are left out" if summary[UNREADABLE] else ""
-    lines = [f"{summary['images']} images: {counts}{left_out}"]
-    if summary["rejected_attempts"]:
-        reasons = ", ".join(f"{name} {count}" for name, count in summary["reasons"].items())
-        lines.append(f"{summary['rejected_attempts']} of {summary['attempts']} attempts were rejected ({reasons})")
-    for name, rejected, reasons in summary["worst"]:
-        lines.append(f"  worst: {name}, {rejected} rejected ({', '.join(reasons)})")
-    return lines
-
-
-def example_sheet(splits: Mapping[Split, Mapping[str, Item]]) -> Image.Image:
-    """Twelve images, evenly spread over what was described, with their captions."""
-    done = [
-        (split.folder / row.file_name, items[row.file_name])
-        for split, items in splits.items()
-        for chunk in split.chunks
-        for row in chunk
-        if row.file_name in items and items[row.file_name]["outcome"] != UNREADABLE
-    ]
-    chosen = [done[place * len(done) // EXAMPLES] for place in range(EXAMPLES)] if len(done) > EXAMPLES else done
-    return caption_sheet([open_image(path) for path, _ in chosen], [item["text"] for _, item in chosen])
+    return f"{file} is written" + (f"; {kept} captions of a person in it are kept (see --overwrite)" if kept else "")

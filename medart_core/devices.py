@@ -31,3 +31,10 @@ def pick_dtype(mixed_precision: str, device: torch.device) -> tuple[torch.dtype,
     if bf16_is_native(device):
         return torch.bfloat16, None
     return torch.float32, f"bf16 is not native on this {device.type} device: computing in fp32"
+
+
+def named_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `fp32`, `bf16` or `fp16`; `auto` is bf16 on a GPU that has it natively, else fp32."""
+    if name == "auto":
+        return pick_dtype("bf16", device)[0] if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]

@@ -2,6 +2,7 @@
 
 import typing
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from medart_core.errors import UserError
 from medart_core.options import option
@@ -86,6 +87,19 @@ class VSGOptions:
             raise UserError("--base-url is for --engine openai; add that, or leave --base-url out")
         if self.random_weights and (self.model or self.engine == "openai"):
             raise UserError("--random-weights takes the place of --model and of a server; leave one of them out")
+
+    def feature_list(self) -> list[str]:
+        """The features asked for on the command line."""
+        return [feature.strip() for feature in (self.features or "").split(";") if feature.strip()]
+
+    def read_template(self) -> str | None:
+        """The prompt in --prompt-file. Raises UserError if that cannot be read."""
+        if self.prompt_file is None:
+            return None
+        try:
+            return Path(self.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt-file {self.prompt_file} cannot be read ({error}); give a text file") from error
 
     def of_the_captions(self) -> dict[str, typing.Any]:
         """The options that the captions depend on: a journal is continued with the same ones only."""
