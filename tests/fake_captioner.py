@@ -20,7 +20,7 @@ FAULTS = {
 
 
 class FakeEngine:
-    """Rejects are as frequent as `faulty`; each call of the model takes `seconds`; `calls` lists the images taken up."""
+    """`faulty` is the share of rejects, `seconds` what each call takes; `calls` lists the images and attempts."""
 
     model = "fake"
 
