@@ -134,7 +134,7 @@ def begin(
         journal = Journal(path, names, {"options": options, "overwrite": overwrite})
     elif journal.finished and not journal.items.keys() >= set(wanted):
         journal.header["overwrite"] = journal.finished = False
-    if not journal.finished:
+    if not journal.finished or journal.parts():  # a kill may come between the last line and the end of the parts
         journal.publish()
     return journal
 
