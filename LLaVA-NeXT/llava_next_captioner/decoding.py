@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_next_captioner.engines import stream_seed
@@ -29,35 +28,39 @@ class Sampling:
 
 @dataclass
 class Prefill:
-    """What a language model keeps of B prompts of up to P tokens, padded on the left, with room for T new tokens.
+    """What a language model keeps of B prompts of up to P tokens, with room for T new ones after them.
 
-    `cache` holds the keys and values of each layer, (B, heads, P + T, head size); the room may be written to again and
-    again. `lengths` and `logits` (of the first new token) are (B,) and (B, vocabulary).
+    `cache` holds the keys, (B, heads, head size, P + T), and values, (B, heads, P + T, head size), of each layer: keys lie
+    as a product with one query reads them fastest. All prompts end at P, the shorter ones start later; the room may be
+    written to again and again. `lengths` (B,) are the prompts', `logits` (B, vocabulary) those of the first new token.
     """
 
     cache: list[tuple[Tensor, Tensor]]
     lengths: Tensor
     logits: Tensor
-    padded: int
+    longest: int
 
     @classmethod
-    def empty(cls, model: Any, rows: int, padded: int, room: int) -> "Prefill":
+    def empty(cls, model: Any, lengths: Tensor, room: int) -> "Prefill":
         """Zeros of the right shapes for `model`, a LlavaNextForConditionalGeneration."""
         config = model.config.text_config
-        attention = model.model.language_model.layers[0].self_attn
+        longest = int(lengths.max())
         like = {"dtype": model.dtype, "device": model.device}
-        shape = (rows, config.num_key_value_heads, padded + room, attention.head_dim)
-        cache = [(torch.zeros(shape, **like), torch.zeros(shape, **like)) for _ in range(config.num_hidden_layers)]
-        lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
-        return cls(cache, lengths, torch.zeros(rows, config.vocab_size, **like), padded)
+        head_dim = model.model.language_model.layers[0].self_attn.head_dim
+        each = (len(lengths), config.num_key_value_heads)
+        cache = [
+            (torch.zeros(*each, head_dim, longest + room, **like), torch.zeros(*each, longest + room, head_dim, **like))
+            for _ in range(config.num_hidden_layers)
+        ]
+        return cls(cache, lengths.to(model.device), torch.zeros(len(lengths), config.vocab_size, **like), longest)
 
-    def fill(self, rows: list[int], lengths: Tensor, layers: Any, logits: Tensor) -> None:
-        """Take over a batch that was run by itself, whose prompts end where all prompts end."""
-        for (keys, values), layer in zip(self.cache, layers, strict=True):
-            start = self.padded - layer.keys.shape[2]
-            keys[rows, :, start : self.padded] = layer.keys
-            values[rows, :, start : self.padded] = layer.values
-        self.lengths[rows] = lengths
+    def fill(self, rows: list[int], layers: Any, logits: Tensor) -> None:
+        """Take over the prompts of `rows`, which were run together from position 0 on."""
+        for place, row in enumerate(rows):
+            length = int(self.lengths[row])
+            for (keys, values), layer in zip(self.cache, layers, strict=True):
+                keys[row, :, :, self.longest - length : self.longest] = layer.keys[place, :, :length].mT
+                values[row, :, self.longest - length : self.longest] = layer.values[place, :, :length]
         self.logits[rows] = logits
 
     def select(self, rows: list[int]) -> "Prefill":
@@ -66,16 +69,16 @@ class Prefill:
             return self
         index = torch.tensor(rows, device=self.lengths.device)
         cache = [(keys[index], values[index]) for keys, values in self.cache]
-        return Prefill(cache, self.lengths[index], self.logits[index], self.padded)
+        return Prefill(cache, self.lengths[index], self.logits[index], self.longest)
 
     def mask(self) -> Tensor | None:
-        """What is added to attention scores, (B, 1, 1, P + T): -inf on the padding; None where there is none."""
-        if bool((self.lengths == self.padded).all()):
+        """What is added to attention scores, (B, 1, 1, P + T): -inf before a prompt's start; None where all start at 0."""
+        if bool((self.lengths == self.longest).all()):
             return None
         keys = self.cache[0][0]
-        place = torch.arange(keys.shape[2], device=keys.device)
-        return keys.new_zeros(len(keys), 1, 1, keys.shape[2]).masked_fill_(
-            (place < (self.padded - self.lengths)[:, None])[:, None, None], -torch.inf
+        place = torch.arange(keys.shape[3], device=keys.device)
+        return keys.new_zeros(len(keys), 1, 1, keys.shape[3]).masked_fill_(
+            (place < (self.longest - self.lengths)[:, None])[:, None, None], -torch.inf
         )
 
 
@@ -97,13 +100,14 @@ def choose(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
 
 
 @torch.inference_mode()
-def decode(model: Any, prefill: Prefill, noise: Tensor, sampling: Sampling, stops: Tensor) -> list[list[int]]:
-    """Continue each row of `prefill` until a token of `stops` or `max_new_tokens`; the stop is part of the result.
+def decode(model: Any, prefill: Prefill, noise: Tensor, sampling: Sampling, stop_ids: list[int]) -> list[list[int]]:
+    """Continue each row of `prefill` until a token of `stop_ids` or `max_new_tokens`; the stop is part of the result.
 
     `noise` is (B, max_new_tokens, top_k). Rows that have stopped leave the batch once they are half of it.
     """
     language_model = model.model.language_model
     device = prefill.lengths.device
+    stops = torch.tensor(stop_ids, device=device)
     steps = torch.arange(sampling.max_new_tokens, device=device)
     cos, sin = language_model.rotary_emb(prefill.logits, prefill.lengths[:, None] + steps)
     mask, cache, noise = prefill.mask(), prefill.cache, noise.to(device)
@@ -126,7 +130,7 @@ def decode(model: Any, prefill: Prefill, noise: Tensor, sampling: Sampling, stop
                 rows, stopped, tokens, noise = rows[going], stopped[going], tokens[going], noise[going]
                 cos, sin, mask = cos[going], sin[going], None if mask is None else mask[going]
                 cache = [(keys[going], values[going]) for keys, values in cache]
-        hidden = _step(language_model, tokens, cache, prefill.padded + step, cos[:, step], sin[:, step], mask)
+        hidden = _step(language_model, tokens, cache, prefill.longest + step, cos[:, step], sin[:, step], mask)
         logits = model.lm_head(hidden)
     return [[token for token in row if token >= 0] for row in written.tolist()]
 
@@ -149,13 +153,14 @@ def _step(
         normed = layer.input_layernorm(hidden)
         query, key = attention.q_proj(normed).view(heads), attention.k_proj(normed).view(heads)
         query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        keys[:, :, place] = key
+        keys[..., place] = key
         values[:, :, place] = attention.v_proj(normed).view(heads)
         # The query heads that share a key head stand where a sequence of queries would: nothing is repeated.
         grouped = query.view(len(tokens), keys.shape[1], -1, attention.head_dim)
-        attended = F.scaled_dot_product_attention(
-            grouped, keys[:, :, : place + 1], values[:, :, : place + 1], seen, scale=attention.scaling
-        )
+        scores = grouped @ keys[..., : place + 1]
+        scores = scores * attention.scaling if seen is None else torch.add(seen, scores, alpha=attention.scaling)
+        shares = scores.softmax(-1, dtype=torch.float32).to(hidden.dtype)
+        attended = shares @ values[:, :, : place + 1]
         hidden = hidden + attention.o_proj(attended.reshape(len(tokens), -1))
         hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
     return language_model.norm(hidden)

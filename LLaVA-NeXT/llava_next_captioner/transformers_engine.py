@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
 from llava_next_captioner.decoding import FAMILIES, Prefill, Sampling, decode, gumbel_noise
@@ -69,7 +69,7 @@ class TransformersEngine:
             raise CaptionerError(f"{name} has no chat template: add chat_template.jinja to its folder")
         self.model, self.seed, self.sampling, self.prefill_batch = name, seed, sampling, prefill_batch
         self._loaded, self._processor = loaded, processor
-        self._stops = torch.tensor(sorted(_stop_ids(loaded, processor.tokenizer)), device=loaded.device)
+        self.stop_ids = sorted(_stop_ids(loaded, processor.tokenizer))
 
     def prepare(self, requests: Sequence[Request]) -> "TransformersChunk":
         """Cut up and tokenise on the CPU, which may go on in another thread; the model runs at the first `sample`."""
@@ -91,29 +91,24 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def _prefill(self, inputs: list["_Inputs"]) -> Prefill:
-        """Run all prompts, those of like length together, each batch padded to its own longest prompt."""
-        lengths = [len(each.ids) for each in inputs]
-        prefill = Prefill.empty(self._loaded, len(inputs), max(lengths), self.sampling.max_new_tokens)
-        order = sorted(range(len(inputs)), key=lengths.__getitem__)
-        for start in range(0, len(order), self.prefill_batch):
-            rows = order[start : start + self.prefill_batch]
-            longest = lengths[rows[-1]]
-            ids = torch.zeros(len(rows), longest, dtype=torch.long)
-            attention_mask = torch.zeros_like(ids)
-            for row, index in enumerate(rows):
-                ids[row, longest - lengths[index] :] = inputs[index].ids
-                attention_mask[row, longest - lengths[index] :] = 1
-            device, dtype = self._loaded.device, self._loaded.dtype
-            output = self._loaded(
-                input_ids=ids.to(device),
-                attention_mask=attention_mask.to(device),
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(device),
-                pixel_values=torch.cat([inputs[index].pixels for index in rows]).to(device, dtype),
-                image_sizes=torch.stack([inputs[index].size for index in rows]).to(device),
+        """Run all prompts, those of like length together.
+
+        A batch is padded on the right: causal attention never looks there, so that it needs no mask, which would cost
+        the fast kernels.
+        """
+        model, lengths = self._loaded, torch.tensor([len(each.ids) for each in inputs])
+        prefill = Prefill.empty(model, lengths, self.sampling.max_new_tokens)
+        for rows in lengths.argsort(stable=True).split(self.prefill_batch):
+            batch = [inputs[row] for row in rows]
+            ids = nn.utils.rnn.pad_sequence([each.ids for each in batch], batch_first=True)
+            output = model.model(
+                input_ids=ids.to(model.device),
+                pixel_values=torch.cat([each.pixels for each in batch]).to(model.device, model.dtype),
+                image_sizes=torch.stack([each.size for each in batch]).to(model.device),
                 use_cache=True,
-                logits_to_keep=1,
             )
-            prefill.fill(rows, attention_mask.sum(-1).to(device), output.past_key_values.layers, output.logits[:, -1])
+            last = output.last_hidden_state[torch.arange(len(rows)), lengths[rows] - 1]
+            prefill.fill(rows.tolist(), output.past_key_values.layers, model.lm_head(last))
         return prefill
 
 
@@ -149,7 +144,7 @@ class TransformersChunk:
         names = [(self._requests[index].name, attempt) for index, attempt in picks]
         noise = torch.stack([gumbel_noise(engine.seed, *name, engine.sampling) for name in names])
         rows = self._prefill.select([index for index, _ in picks])
-        written = decode(engine._loaded, rows, noise, engine.sampling, engine._stops)
+        written = decode(engine._loaded, rows, noise, engine.sampling, engine.stop_ids)
         return [
             self._answer(self._requests[index].prefix, tokens)
             for (index, _), tokens in zip(picks, written, strict=True)
@@ -160,7 +155,7 @@ class TransformersChunk:
         # Decoded together, as some tokenizers drop the space at the beginning of what they decode.
         begun = tokenizer(prefix, add_special_tokens=False)["input_ids"] if prefix else []
         text = tokenizer.decode([*begun, *tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Answer(text.strip(), len(tokens), tokens[-1] in self._engine._stops.tolist())
+        return Answer(text.strip(), len(tokens), tokens[-1] in self._engine.stop_ids)
 
 
 def load(model: str, dtype: torch.dtype, device: torch.device, attn: str = "sdpa") -> tuple[Any, Any]:
