@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import llava_next_captioner
 from llava_next_captioner import checks, engines, prompts, shortening
 from medart_core import caption_report, captioners, captioning, checkpoint, devices, stopping, text, training_data
 from medart_core.captioning import Described, Split
@@ -166,13 +165,16 @@ def begin(opts: VSGOptions, dtype: torch.dtype, owner: bool) -> tuple[str, list[
 
 def build_engine(opts: VSGOptions, model: str, dtype: torch.dtype, device: torch.device) -> engines.Engine:
     """Load the model, or reach for the server."""
+    from llava_next_captioner import decoding, openai_engine, random_weights, transformers_engine  # takes seconds
+
     sampling = opts.part("sampling")
     if opts.engine == "openai":
-        return llava_next_captioner.OpenAIEngine(opts.base_url, model, **sampling, **opts.part("server"))
-    where = {"seed": opts.seed, "dtype": dtype, "device": device, "attn": opts.attn}
+        return openai_engine.OpenAIEngine(opts.base_url, model, **sampling, **opts.part("server"), seed=opts.seed)
+    where = {"dtype": dtype, "device": device, "attn": opts.attn, "seed": opts.seed}
     if opts.random_weights:
-        return llava_next_captioner.random_engine(opts.random_weights, sampling=sampling, **where)
-    return llava_next_captioner.TransformersEngine(training_data.locate(model), **sampling, **where)
+        sampling = {"sampling": decoding.Sampling(**sampling)}
+        return random_weights.random_engine(opts.random_weights, **sampling, **where)
+    return transformers_engine.TransformersEngine(training_data.locate(model), **sampling, **where)
 
 
 def run(jobs: Sequence[tuple[Work, int]], engine: engines.Engine, rank: int, stop: stopping.StopSignal) -> None:

@@ -122,6 +122,6 @@ FREE_ON_RESUME = frozenset(
 
 # Which options go to which part of the program.
 PARTS = {
-    "sampling": ("seed", "max_new_tokens", "temperature", "top_k", "top_p"),
+    "sampling": ("max_new_tokens", "temperature", "top_k", "top_p"),
     "server": ("concurrency", "timeout", "retries"),
 }
