@@ -165,11 +165,13 @@ def begin(opts: VSGOptions, dtype: torch.dtype, owner: bool) -> tuple[str, list[
 
 def build_engine(opts: VSGOptions, model: str, dtype: torch.dtype, device: torch.device) -> engines.Engine:
     """Load the model, or reach for the server."""
-    from llava_next_captioner import decoding, openai_engine, random_weights, transformers_engine  # takes seconds
-
     sampling = opts.part("sampling")
     if opts.engine == "openai":
-        return openai_engine.OpenAIEngine(opts.base_url, model, **sampling, **opts.part("server"), seed=opts.seed)
+        from llava_next_captioner.openai_engine import OpenAIEngine
+
+        return OpenAIEngine(str(opts.base_url), model, **sampling, **opts.part("server"), seed=opts.seed)
+    from llava_next_captioner import decoding, random_weights, transformers_engine  # takes seconds
+
     where = {"dtype": dtype, "device": device, "attn": opts.attn, "seed": opts.seed}
     if opts.random_weights:
         sampling = {"sampling": decoding.Sampling(**sampling)}
@@ -191,7 +193,7 @@ def run(jobs: Sequence[tuple[Work, int]], engine: engines.Engine, rank: int, sto
             if readable := [image for image in images if image.readable]:
                 describe(work, readable, chunk)
             seconds = round((time.perf_counter() - started) / len(images), 4)
-            facts = {"seed": work.opts.seed, "model": engine.model, "seconds": seconds}
+            facts = {"seed": work.opts.seed, "model": work.journal.header["options"]["model"], "seconds": seconds}
             work.journal.append([image.item(number, **facts) for image in images], rank)
 
             for image in images:

@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from forked_runs import exit_codes, start
 from PIL import Image
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
 import VSG
 from llava_next_captioner.engines import Answer
+from llava_next_captioner.random_weights import byte_processor, random_model
 from medart_core import captioners, captioning, errors, journal, training_data
 from medart_core.metadata import read_metadata
 
@@ -114,7 +116,7 @@ def test_a_set_is_described(vsg, tmp_path) -> None:
         attempts = item["attempts"]
         assert [a["attempt"] for a in attempts] == ([0] if not attempts[0]["failed"] else [0, 1, 2, 3, 4])
         assert drawn[item["file_name"]] == len(attempts)
-        assert (item["seed"], item["model"]) == (0, "fake") and item["seconds"] >= 0
+        assert (item["seed"], item["model"]) == (0, "nano/llava-next") and item["seconds"] >= 0
         good = [a for a in attempts if not a["failed"]]
         assert item["outcome"] != "accepted" or item["text"] == good[0]["text"]
         assert all(a["tokens"] > 0 for a in attempts)
@@ -514,6 +516,32 @@ def test_one_vsg_at_a_time_in_a_folder(tmp_path) -> None:
 
 
 # --- Which set, which model ---
+
+
+def test_a_real_model_of_random_weights_is_run_and_rejected(vsg, tmp_path) -> None:
+    """The smallest LLaVA-NeXT: it says nothing sensible, so that all images keep their simple captions."""
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    processor = byte_processor(vision, [[28, 56], [56, 28]])
+    text = LlamaConfig(
+        vocab_size=len(processor.tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    config = LlavaNextConfig(
+        text_config=text, vision_config=vision, image_grid_pinpoints=[[28, 56], [56, 28]],
+        image_token_index=processor.image_token_id,
+    )  # fmt: skip
+    for part in (random_model(config), processor):
+        part.save_pretrained(tmp_path / "model")
+    made = []
+    for name in ("one", "two"):
+        folder = make_set(tmp_path / name / "train", 6)
+        code, said = vsg(folder, f"--model={tmp_path / 'model'}", "--max-new-tokens=8", "--attempts=2", real=True)
+        assert code == 3 and "6 fallen back" in said
+        made.append([{name: item[name] for name in item if name != "seconds"} for item in entries(folder)])
+    assert made[0] == made[1] and all(len(item["attempts"]) == 2 for item in made[0])
+    assert vsg(make_set(tmp_path / "train", 2), f"--model={tmp_path}", real=True)[0] == 2  # no model in there
 
 
 @pytest.fixture
