@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
 import VSG
-from llava_next_captioner.engines import Answer
+from llava_next_captioner.engines import Answer, CaptionerError
 from llava_next_captioner.random_weights import byte_processor, random_model
 from medart_core import captioners, captioning, errors, journal, training_data
 from medart_core.metadata import read_metadata
@@ -73,7 +73,7 @@ def vsg(monkeypatch, capsys):
             if fake.pop("real", None) is None:
                 patched.setattr(VSG, "build_engine", lambda opts, *_: fake_captioner.FakeEngine(opts.seed, **fake))
             patched.setattr(sys, "argv", ["VSG.py", *flags(folder, *more)])
-            with pytest.raises(SystemExit) as ended, errors.exit_codes():
+            with pytest.raises(SystemExit) as ended, errors.exit_codes(CaptionerError):
                 sys.exit(VSG.main())
         said = capsys.readouterr()
         code = ended.value.code
