@@ -56,7 +56,7 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
 def lines(summary: Mapping[str, Any]) -> list[str]:
     """The summary in lines for people."""
     counts = ", ".join(f"{summary[name]} {name}" for name in (ACCEPTED, SHORTENED, FALLEN_BACK))
-    left_out = f"; {summary[UNREADABLE]} cannot be read and are left out" if summary[UNREADABLE] else ""
+    left_out = f", {summary[UNREADABLE]} unreadable and left out" if summary[UNREADABLE] else ""
     told = [f"{summary['images']} images: {counts}{left_out}"]
     if summary["rejected_attempts"]:
         reasons = ", ".join(f"{name} {count}" for name, count in summary["reasons"].items())

@@ -57,9 +57,9 @@ class Split:
         return [place * count // some for place in range(some)]
 
     def digest(self) -> str:
-        """The sha256 of what raw.csv says."""
+        """The first digits of the sha256 of what raw.csv says."""
         facts = sorted((row.file_name, row.caption, row.label or "") for row in self.rows)
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:12]
 
 
 # --- What there is to describe ---
@@ -169,23 +169,30 @@ def clean_text(text: str) -> str:
 
 
 def metadata(split: Split, items: Mapping[str, Item], labels: Mapping[str, str], replace: bool) -> tuple[str, int]:
-    """The content of metadata.csv, and how many captions in it are a person's.
+    """The content of metadata.csv, and how many captions in it are a person's: unless `replace`, those stay.
 
-    A person's is a caption that is neither a simple one nor the journal's; unless `replace`, it stays. Images that
-    cannot be read are left out, those without an item have their simple caption.
+    Images that cannot be read are left out, those without an item have their simple caption.
     """
-    there = _captions_there(split.folder)
-    rows, kept = [], 0
+    of_person = {} if replace else captions_of_person(split, items)
+    rows = []
     for row in split.rows:
         item = items.get(row.file_name)
-        if item and item["outcome"] == UNREADABLE:
-            continue
-        written = item["text"] if item else row.caption
-        before, simple = there.get(row.file_name, (None, None))
-        of_person = not replace and before not in (None, simple, row.caption, written)
-        kept += of_person
-        rows.append([row.file_name, before if of_person else written, row.caption, labels[row.file_name]])
-    return _as_csv(COLUMNS[CAPTIONS], rows), kept
+        if not item or item["outcome"] != UNREADABLE:
+            written = item["text"] if item else row.caption
+            text = of_person.get(row.file_name, written)
+            rows.append([row.file_name, text, row.caption, labels[row.file_name]])
+    return _as_csv(COLUMNS[CAPTIONS], rows), len(of_person)
+
+
+def captions_of_person(split: Split, items: Mapping[str, Item]) -> dict[str, str]:
+    """Those captions in metadata.csv that are neither simple ones nor in the journal."""
+    there, found = _captions_there(split.folder), {}
+    for row in split.rows:
+        text, simple = there.get(row.file_name, (None, None))
+        item = items.get(row.file_name)
+        if text not in (None, simple, row.caption, item and item["text"]):
+            found[row.file_name] = text
+    return found
 
 
 def _captions_there(folder: Path) -> dict[str, tuple[str, str | None]]:
@@ -220,14 +227,17 @@ def open_journal(
     """The journal of a split; of several processes one is the `owner`, who locks and begins it before the others read.
 
     Raises:
-        UserError: if another VSG works there, or the journal was made with other settings.
+        UserError: if another VSG works there, if the journal was made with other settings, or if there is nothing to
+            describe.
     """
     path = split.folder / JOURNAL
     if not owner:
         return Journal.read(path, split.names)
+    if not path.exists() and not overwrite and len(captions_of_person(split, {})) == len(split.rows):
+        raise UserError(f"{split.folder / CAPTIONS} has longer captions for all images already; see --overwrite")
     with disk_faults(split.folder, "nothing is lost"):
         take(split.folder, "describes images", "wait for its end")
-        return begin(path, split.names, {**settings, "rows": split.digest()}, split.wanted(max_images), overwrite)
+        return begin(path, split.names, {**settings, "raw.csv": split.digest()}, split.wanted(max_images), overwrite)
 
 
 def write_metadata(split: Split, journal: Journal, labels: Mapping[str, str]) -> str:

@@ -324,6 +324,14 @@ def test_what_a_person_has_written_stays_unless_overwrite(vsg, tmp_path) -> None
     assert (folder / "metadata.csv").read_bytes() == (fresh / "metadata.csv").read_bytes()
 
 
+def test_a_set_that_a_person_has_described_is_left_alone(vsg, tmp_path) -> None:
+    folder = make_set(tmp_path / "train", 2)
+    write_table(folder / "metadata.csv", [row | {"text": "mine"} for row in read(folder / "raw.csv")])
+    code, said = vsg(folder, real=True)
+    assert code == 2 and "longer captions for all images already" in said and not (folder / "captions.jsonl").exists()
+    assert vsg(folder, "--overwrite")[0] == 0 and read(folder / "metadata.csv")[0]["text"] != "mine"
+
+
 def test_other_options_are_refused_by_name_or_start_anew(vsg, tmp_path) -> None:
     folder = make_set(tmp_path / "train")
     vsg(folder)
@@ -338,7 +346,7 @@ def test_other_options_are_refused_by_name_or_start_anew(vsg, tmp_path) -> None:
     rows = read(folder / "raw.csv")
     write_table(folder / "raw.csv", rows[1:])
     code, said = vsg(folder)
-    assert code == 2 and "rows '" in said
+    assert code == 2 and "raw.csv '" in said
     assert (folder / "captions.jsonl").read_bytes() == journal_before
     assert vsg(folder, "--seed=1", "--overwrite")[0] == 0 and {item["seed"] for item in entries(folder)} == {1}
     assert len(read(folder / "metadata.csv")) == 11
@@ -418,7 +426,7 @@ def test_bad_images_are_named_counted_and_left_out(vsg, tmp_path) -> None:
     for name, content in bad.items():
         (folder / name).write_bytes(content)
     code, said = vsg(folder)
-    assert code == 0 and "5 cannot be read and are left out" in said
+    assert code == 0 and "5 unreadable and left out" in said
     assert all(f"left out: {folder / name}" in said for name in bad) and "13000 x 13000 pixels" in said
     assert {name for name, _ in read_metadata(folder)} == {f"{n:02d}.png" for n in range(12)} - set(bad)
     items = {item["file_name"]: item for item in entries(folder)}
