@@ -36,8 +36,7 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
     attempts = [attempt for item in items for attempt in item["attempts"]]
     reasons = Counter(name for attempt in attempts for name in attempt["failed"])
     readable = len(items) - outcomes[UNREADABLE]
-    rejected = {item["file_name"]: sum(bool(a["failed"]) for a in item["attempts"]) for item in items}
-    by_badness = sorted(items, key=lambda i: (i["outcome"] != FALLEN_BACK, -rejected[i["file_name"]], i["file_name"]))
+    by_badness = sorted(items, key=lambda item: (item["outcome"] != FALLEN_BACK, -_rejected(item), item["file_name"]))
     return {
         "images": len(items),
         **{name: outcomes[name] for name in (ACCEPTED, SHORTENED, FALLEN_BACK, UNREADABLE)},
@@ -45,12 +44,14 @@ def summarize(items: Sequence[Item]) -> dict[str, Any]:
         "attempts": len(attempts),
         "rejected_attempts": sum(bool(attempt["failed"]) for attempt in attempts),
         "reasons": dict(reasons.most_common()),
-        "worst": [
-            (item["file_name"], rejected[item["file_name"]], item["reasons"])
-            for item in by_badness
-            if rejected[item["file_name"]]
-        ][:WORST],
+        "worst": [(item["file_name"], _rejected(item), item["reasons"]) for item in by_badness if _rejected(item)][
+            :WORST
+        ],
     }
+
+
+def _rejected(item: Item) -> int:
+    return sum(bool(attempt["failed"]) for attempt in item["attempts"])
 
 
 def lines(summary: Mapping[str, Any]) -> list[str]:
