@@ -3,8 +3,9 @@
 from typing import Any
 
 from llava_next_captioner.engines import Answer, CaptionerError, Chunk, Engine, Request
+from llava_next_captioner.openai_engine import OpenAIEngine
 
-__all__ = ["Answer", "CaptionerError", "Chunk", "Engine", "Request"]
+__all__ = ["Answer", "CaptionerError", "Chunk", "Engine", "OpenAIEngine", "Request"]
 
 
 def __getattr__(name: str) -> Any:

@@ -30,9 +30,9 @@ class Sampling:
 class Prefill:
     """What a language model keeps of B prompts of up to P tokens, with room for T new ones after them.
 
-    `cache` holds the keys, (B, heads, head size, P + T), and values, (B, heads, P + T, head size), of each layer: keys lie
-    as a product with one query reads them fastest. All prompts end at P, the shorter ones start later; the room may be
-    written to again and again. `lengths` (B,) are the prompts', `logits` (B, vocabulary) those of the first new token.
+    `cache` holds keys, (B, heads, head size, P + T), and values, (B, heads, P + T, head size), of each layer: the keys
+    lie as a product with one query reads them fastest. All prompts end at P, shorter ones start later; the room may be
+    written to again and again. `lengths` (B,) are the prompts', `logits` (B, vocabulary) the first new token's.
     """
 
     cache: list[tuple[Tensor, Tensor]]
@@ -49,7 +49,10 @@ class Prefill:
         head_dim = model.model.language_model.layers[0].self_attn.head_dim
         each = (len(lengths), config.num_key_value_heads)
         cache = [
-            (torch.zeros(*each, head_dim, longest + room, **like), torch.zeros(*each, longest + room, head_dim, **like))
+            (
+                torch.zeros(*each, head_dim, longest + room, **like),
+                torch.zeros(*each, longest + room, head_dim, **like),
+            )
             for _ in range(config.num_hidden_layers)
         ]
         return cls(cache, lengths.to(model.device), torch.zeros(len(lengths), config.vocab_size, **like), longest)
@@ -72,7 +75,7 @@ class Prefill:
         return Prefill(cache, self.lengths[index], self.logits[index], self.longest)
 
     def mask(self) -> Tensor | None:
-        """What is added to attention scores, (B, 1, 1, P + T): -inf before a prompt's start; None where all start at 0."""
+        """What to add to attention scores, (B, 1, 1, P + T): -inf before a prompt's start; None if all start at 0."""
         if bool((self.lengths == self.longest).all()):
             return None
         keys = self.cache[0][0]
