@@ -169,13 +169,13 @@ def build_engine(opts: VSGOptions, model: str, dtype: torch.dtype, device: torch
     if opts.engine == "openai":
         from llava_next_captioner.openai_engine import OpenAIEngine
 
+        sampling["top_k"] = opts.top_k or None
         return OpenAIEngine(str(opts.base_url), model, **sampling, **opts.part("server"), seed=opts.seed)
     from llava_next_captioner import decoding, random_weights, transformers_engine  # takes seconds
 
     where = {"dtype": dtype, "device": device, "attn": opts.attn, "seed": opts.seed}
     if opts.random_weights:
-        sampling = {"sampling": decoding.Sampling(**sampling)}
-        return random_weights.random_engine(opts.random_weights, **sampling, **where)
+        return random_weights.random_engine(opts.random_weights, sampling=decoding.Sampling(**sampling), **where)
     return transformers_engine.TransformersEngine(training_data.locate(model), **sampling, **where)
 
 

@@ -9,7 +9,7 @@ from medart_core.options import option
 
 RANDOM = ("llama3-llava-next-8b",)
 POSITIVE = (
-    "batch_size", "attempts", "max_new_tokens", "top_k", "max_words", "max_tokens", "concurrency", "timeout",
+    "batch_size", "attempts", "max_new_tokens", "max_words", "max_tokens", "concurrency", "timeout",
     "workers",
 )  # fmt: skip
 
@@ -44,7 +44,11 @@ class VSGOptions:
     attempts: int = option(5, "sampling", "descriptions that are drawn of an image before its simple caption is taken")
     max_new_tokens: int = option(150, "sampling", "tokens after which a description is cut off")
     temperature: float = option(0.8, "sampling", "of the choice of tokens; 0: always the likeliest")
-    top_k: int = option(50, "sampling", "choose among that many of the likeliest tokens, 1,000 at most")
+    top_k: int = option(
+        50,
+        "sampling",
+        "choose among that many tokens, 1,000 at most; 0: do not tell a server, OpenAI's own knows it not",
+    )
     top_p: float = option(0.9, "sampling", "choose among the tokens that make up this share")
     force_prefix: bool = option(False, "sampling", "begin every answer with the simple caption, by force")
 
@@ -75,7 +79,7 @@ class VSGOptions:
         for name in (*POSITIVE, *(["max_images"] if self.max_images is not None else [])):
             if getattr(self, name) <= 0:
                 raise UserError(f"--{_flag(name)} is {getattr(self, name)}; give a number above 0")
-        for name in ("seed", "retries", "temperature"):
+        for name in ("seed", "retries", "temperature", "top_k"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; give 0 or more")
         for name, low in (("top_p", 0.0), ("max_fallback", -1e-9)):

@@ -1,11 +1,13 @@
 """VSG.py with a captioner that needs no model: the loop, its journal, what it refuses, and what it never loses."""
 
 import csv
+import http.server
 import json
 import random
 import signal
 import struct
 import sys
+import threading
 import time
 import zlib
 from collections import Counter
@@ -524,6 +526,45 @@ def test_one_vsg_at_a_time_in_a_folder(tmp_path) -> None:
 
 
 # --- Which set, which model ---
+
+
+def test_a_server_is_asked(vsg, tmp_path) -> None:
+    asked = []
+
+    class Server(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append(request)
+            prompt = next(part["text"] for part in request["messages"][-1]["content"] if part["type"] == "text")
+            caption = prompt.split("right: ")[1].split(". Its class")[0]
+            choice = {"message": {"role": "assistant", "content": f"{caption}, seen."}, "finish_reason": "stop"}
+            body = json.dumps({"choices": [choice], "usage": {"completion_tokens": 5}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}/v1"
+        folder = make_set(tmp_path / "train", 6)
+        wanted = ["--engine=openai", f"--base-url={address}", "--model=some/model", "--top-k=0", "--max-new-tokens=77"]
+        code, said = vsg(folder, *wanted, real=True)
+        server.shutdown()
+    assert code == 0 and "6 accepted" in said and len(asked) == 6
+    assert {(request["model"], request["max_tokens"], request.get("top_k")) for request in asked} == {
+        ("some/model", 77, None)
+    }
+    assert (
+        all(text.endswith(", seen.") for _, text in read_metadata(folder))
+        and entries(folder)[0]["model"] == "some/model"
+    )
+    assert "127.0.0.1" not in (folder / "captions.jsonl").read_text()  # another address may go on with the work
+    code, said = vsg(make_set(tmp_path / "down", 2), *wanted, "--retries=0", real=True)
+    assert code == 2 and "Traceback" not in said and [line for line in said.splitlines() if line.startswith("error: ")]
 
 
 def test_a_real_model_of_random_weights_is_run_and_rejected(vsg, tmp_path) -> None:
