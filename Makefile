@@ -8,7 +8,8 @@ LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 .PHONY: help demo test lint bench soak nano figures
 
 help:
-	@echo "make demo     fine-tune the bundled model on chest X-rays, 15 minutes on 2 cores -> medart/demo.png"
+	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, 20 minutes -> medart/demo.png"
+	@echo "QUICK=1 make demo  the same with fewer images and steps, 6 minutes -> results/quick-demo/demo.png"
 	@echo "make test     run the tests"
 	@echo "make lint     check style and types"
 	@echo "make bench    time ordinary and HLDF steps beside a plain baseline; the last line is JSON"
@@ -18,7 +19,7 @@ help:
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
 
 demo: .venv/.installed
-	$(PY) nano/demo.py
+	$(PY) nano/demo.py $(if $(QUICK),--quick)
 
 test: .venv/.installed-dev
 	$(PY) -m pytest -q

@@ -37,12 +37,17 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file as a whole."""
+def write_text(path: Path, text: str) -> None:
+    """Replace a text file as a whole, line ends as they are."""
     part = path.with_name(f"{TEMPORARY}{path.name}")  # in the same folder, for a rename cannot cross file systems
-    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    part.write_text(text, encoding="utf-8", newline="")
     _sync(part)
     os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file as a whole."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def clear_leftovers(run_dir: Path) -> None:
@@ -87,8 +92,9 @@ def _seal(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def disk_faults(run_dir: Path) -> Iterator[None]:
-    """Turn a disk that takes no more (full, over quota, read-only, ...) into a UserError of one line."""
+def disk_faults(run_dir: Path, safe: str = "its checkpoints are intact") -> Iterator[None]:
+    """Turn a disk that takes no more (full, over quota, read-only, ...) into a UserError of one line; `safe` says
+    what is not lost."""
     from safetensors import SafetensorError  # of a failed write it keeps the text only
 
     try:
@@ -97,7 +103,7 @@ def disk_faults(run_dir: Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
             raise
         raise UserError(
-            f"cannot write in {run_dir} ({error}); its checkpoints are intact: make room or "
+            f"cannot write in {run_dir} ({error}); {safe}: make room or "
             "restore its permissions, and run the same command again"
         ) from error
 
@@ -183,7 +189,7 @@ def resume_decision(
     elif resume_from and not run_dir.exists():
         raise UserError(f"no checkpoint in {run_dir} to resume from; leave --resume_from_checkpoint out")
     if owner:
-        _take(run_dir)
+        take(run_dir)
         clear_leftovers(run_dir)
     chosen = asked or latest(run_dir, warn=owner)
     if chosen is None and (resume_from or checkpoints(run_dir)):
@@ -205,7 +211,7 @@ def _check_whole(folder: Path) -> None:
         raise UserError(f"{error}; {advice}") from error
 
 
-def _take(run_dir: Path) -> None:
+def take(run_dir: Path, work: str = "trains", remedy: str = "choose another --output_dir") -> None:
     """Make `run_dir`, for this process alone until it ends, however it ends. Raises UserError if another one has it.
 
     A POSIX lock: forked loaders do not inherit it as they would flock's, and it holds across NFS.
@@ -216,12 +222,12 @@ def _take(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT)  # never closed, for that would free the lock
     except OSError as error:
-        raise UserError(f"cannot write in {run_dir} ({error}); choose another --output_dir") from error
+        raise UserError(f"cannot write in {run_dir} ({error}); {remedy}") from error
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise UserError(f"another process trains in {run_dir}; end it, or choose another --output_dir") from error
+            raise UserError(f"another process {work} in {run_dir}; end it, or {remedy}") from error
         print(f"warning: {run_dir} cannot be locked ({error}); start no second run in it", file=sys.stderr, flush=True)
 
 

@@ -57,35 +57,42 @@ def _row_problem(row: dict[str, Any], folder: Path, caption_column: str, seen: d
     return None
 
 
-def read_metadata(folder: Path, caption_column: str = "text") -> list[tuple[str, str]]:
-    """The (file_name, caption) pairs of a folder with metadata.csv or metadata.jsonl, in the file's order.
+def read_table(file: Path, caption_column: str, remedy: str) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a file with captions of the images beside it, each with its line number, all of them usable.
 
     Raises:
-        UserError: naming the file, the line and the remedy, for a missing column, a missing, doubled or escaping
-            file_name, or an empty caption.
+        UserError: naming the file, the line and the remedy, for a missing column (`remedy`), a missing, doubled or
+            escaping file_name, or an empty caption.
     """
-    file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(
-            f"{folder} has no metadata.csv; make a set with prepare.py, or write one with the columns file_name,text"
-        )
     columns, rows = _read_rows(file)
     if not rows:
         raise UserError(f"{file} has no rows; it needs one per image, with the columns file_name,{caption_column}")
     for column in ("file_name", caption_column):
         if columns.count(column) != 1:
             what = "no column" if column not in columns else "more than one column"
-            raise UserError(
-                f"{file} has {what} {column!r} (there are: {', '.join(columns)}); rename one or use --caption_column"
-            )
+            raise UserError(f"{file} has {what} {column!r} (there are: {', '.join(columns)}); {remedy}")
     seen: dict[Path, int] = {}
-    pairs, problems = [], []
+    problems = []
     for line, row in rows:
-        problem = _row_problem(row, folder, caption_column, seen)
+        problem = _row_problem(row, file.parent, caption_column, seen)
         if problem:
             problems.append(f"{file}, line {line}: {problem}")
         else:
-            seen[(folder / row["file_name"]).resolve()] = line
-            pairs.append((row["file_name"], row[caption_column]))
+            seen[(file.parent / row["file_name"]).resolve()] = line
     raise_first(problems)
-    return pairs
+    return rows
+
+
+def read_metadata(folder: Path, caption_column: str = "text") -> list[tuple[str, str]]:
+    """The (file_name, caption) pairs of a folder with metadata.csv or metadata.jsonl, in the file's order.
+
+    Raises:
+        UserError: if there is neither, or as `read_table` does.
+    """
+    file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise UserError(
+            f"{folder} has no metadata.csv; make a set with prepare.py, or write one with the columns file_name,text"
+        )
+    rows = read_table(file, caption_column, "rename one or use --caption_column")
+    return [(row["file_name"], row[caption_column]) for _, row in rows]

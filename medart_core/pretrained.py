@@ -1,4 +1,4 @@
-"""Every `from_pretrained` of PixArt's parts, their precision, and the bundled default model."""
+"""Every `from_pretrained` of PixArt's parts, and the bundled default model."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, T5EncoderModel
 
 from medart_core import quantization
+from medart_core.devices import bf16_is_native, pick_device, pick_dtype  # noqa: F401 (callers find them here, too)
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,34 +43,6 @@ class PixArt:
     def vae_scale_factor(self) -> int:
         """Pixels per latent along a side: 8 for the published VAE."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-
-def pick_device() -> torch.device:
-    """CUDA, else Apple's MPS, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def bf16_is_native(device: torch.device) -> bool:
-    """Whether bf16 arithmetic is done by the hardware rather than emulated at a fraction of the speed of fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-    return False
-
-
-def pick_dtype(mixed_precision: str, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """The base models' dtype for `no` or `bf16`, and one line for the user where that is not what was asked."""
-    if mixed_precision == "no":
-        return torch.float32, None
-    if mixed_precision != "bf16":
-        raise UserError(f"mixed precision {mixed_precision!r} is not supported, T5 overflows in it; use bf16 or no")
-    if bf16_is_native(device):
-        return torch.bfloat16, None
-    return torch.float32, f"bf16 is not native on this {device.type} device: computing in fp32"
 
 
 def find(name: str | Path | None) -> str:

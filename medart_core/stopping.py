@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 
@@ -81,6 +82,21 @@ def first_process_first(device: torch.device) -> Iterator[None]:
         failed.zero_()
     finally:
         torch.distributed.broadcast(failed, 0)
+
+
+@contextlib.contextmanager
+def first_process_begins(processes: int) -> Iterator[None]:
+    """`first_process_first` for processes that need each other no more after it: nobody leaves before the last one."""
+    if processes == 1:
+        yield
+        return
+    torch.distributed.init_process_group("gloo", timeout=timedelta(hours=2))  # the first one may have much to do
+    try:
+        with first_process_first(torch.device("cpu")):
+            yield
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def leave_process_group(_worker: int) -> None:

@@ -1,8 +1,12 @@
 """The one path from a caption to what the transformer reads, for training, HLDF and sampling alike."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+from medart_core.errors import UserError
 
 MAX_TOKENS = 120  # PixArt-alpha was trained on 120 T5 tokens (arXiv:2310.00426, section 3.1)
 PAD_TO_MULTIPLE = 8
@@ -11,6 +15,18 @@ PAD_TO_MULTIPLE = 8
 def clean(caption: str) -> str:
     """Lower case without outer white space: what stock diffusers does with `clean_caption=False`."""
     return caption.lower().strip()
+
+
+def load_tokenizer(name: str) -> Any:
+    """The T5 tokenizer of a PixArt pipeline (folder or hub id), or of a folder that holds nothing else."""
+    from transformers import AutoTokenizer
+
+    place = {} if (Path(name) / "tokenizer_config.json").is_file() else {"subfolder": "tokenizer"}
+    try:
+        return AutoTokenizer.from_pretrained(name, **place)
+    except (OSError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UserError(f"cannot load the tokenizer of {name}: {first_line}; give --tokenizer a folder") from error
 
 
 def encode_prompts(

@@ -21,7 +21,7 @@ def locate(dataset_name: str | None) -> str:
     if dataset_name is None and not (ROOT / name / "metadata.csv").exists():
         print(f"{name} is not there yet: preparing it", flush=True)
         if subprocess.run([sys.executable, str(ROOT / "prepare.py"), "chest-xray"]).returncode:
-            raise UserError("prepare.py chest-xray failed, see its message above; or give --dataset_name")
+            raise UserError("prepare.py chest-xray failed, see its message above; or name a folder of your own")
     return str(ROOT / name) if not Path(name).is_dir() and (ROOT / name).is_dir() else name
 
 

@@ -1,11 +1,13 @@
-"""The whole method in minutes: chest X-rays, two fine-tunings that differ in HLDF only, one picture, measured colours.
+"""The whole method in minutes: chest X-rays are described, and the bundled model fine-tuned with and without HLDF.
 
     python nano/demo.py                                 medart/ holds the run with HLDF, and demo.png
-    python nano/demo.py --seed 1 --out results/color/seed-1
+    python nano/demo.py --quick                         the same in a third of the time, to see that all works
+    python nano/demo.py --captions simple --seed 1 --out results/color/seed-1
     python nano/demo.py --summary results/color         the table of several seeds
 
 Rows of the picture: real images of the test split, the base model, tuned without HLDF, tuned with HLDF for as many
-steps; the same prompts and noise in all of them. Run it again after an interruption: it goes on.
+steps; the prompts are the captions of the real images, the noise is the same in all rows. Run it again after an
+interruption: it goes on.
 """
 
 import argparse
@@ -14,14 +16,15 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from recipe import OPTIONS, ROOT, finetune
+from recipe import OPTIONS, ROOT, describe, finetune
 
 sys.path.insert(0, str(ROOT))
-from medart_core import lora_file, pretrained
+from medart_core import lora_file, pretrained, training_data
 from medart_core.data import ImageTransform, open_image
 from medart_core.errors import UserError, exit_codes
 from medart_core.objectives import chroma, color_statistics
@@ -29,36 +32,51 @@ from medart_core.pictures import image_grid
 from medart_core.sampling import sample_images
 
 DATA = ROOT / "dataset" / "chest-xray"
-STEPS = 480
+STEPS, QUICK_STEPS = 480, 100
+IMAGES, QUICK_IMAGES = 12, 6  # measured per class and row
+QUICK_DESCRIBED = 160  # of each split
+COLUMNS = {"vsg": "text", "simple": "simple_text"}
 ROWS = ("real", "base", "tuned without HLDF", "tuned with HLDF")
 
 
-def real_images(per_class: int) -> tuple[list[str], torch.Tensor]:
-    """Captions (one per class) and pixels (classes, per_class, 3, 128, 128) in [-1, 1] of the test split."""
-    with open(DATA / "test" / "raw.csv", newline="", encoding="utf-8") as file:
+class Real(NamedTuple):
+    """Images of the test split by class: the simple caption of each class, a prompt per image, and the pixels."""
+
+    classes: list[str]
+    prompts: list[list[str]]
+    pixels: torch.Tensor  # (classes, per class, 3, 128, 128) in [-1, 1]
+
+
+def real_images(per_class: int, column: str) -> Real:
+    """Images that are evenly spread over each class; with `column` "text" those that VSG.py has described."""
+    with open(DATA / "test" / "metadata.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    captions = sorted({row["text"] for row in rows})
     transform = ImageTransform(pretrained.NANO_SIZE, center_crop=True)
-    chosen = []
-    for caption in captions:
-        names = [row["file_name"] for row in rows if row["text"] == caption]
-        names = [names[i] for i in np.linspace(0, len(names) - 1, per_class).astype(int)]
-        chosen.append(torch.stack([transform(open_image(DATA / "test" / name)) for name in names]))
-    return captions, torch.stack(chosen)
+    classes = sorted({row["simple_text"] for row in rows})
+    prompts, pixels = [], []
+    for simple in classes:
+        of_class = [row for row in rows if row["simple_text"] == simple]
+        described = [row for row in of_class if row[column] != simple]
+        candidates = described if len(described) >= per_class else of_class
+        chosen = [candidates[i] for i in np.linspace(0, len(candidates) - 1, per_class).astype(int)]
+        prompts.append([row[column] for row in chosen])
+        pixels.append(torch.stack([transform(open_image(DATA / "test" / row["file_name"])) for row in chosen]))
+    return Real(classes, prompts, torch.stack(pixels))
 
 
-def sampled_images(captions: list[str], per_class: int, run: Path | None) -> torch.Tensor:
-    """Pixels (classes, per_class, 3, 128, 128) of the base model, or of it with the LoRA of `run`."""
+def sampled_images(real: Real, run: Path | None) -> torch.Tensor:
+    """Pixels like those of `real`, of the base model, or of it with the LoRA of `run`."""
     device = pretrained.pick_device()
     model = pretrained.load(None, torch.float32, device)
     if run:
         lora_file.load(model, run)
-    prompts = [caption for caption in captions for _ in range(per_class)]
-    seeds = list(range(per_class)) * len(captions)  # the same noise for every class and row
+    per_class = len(real.prompts[0])
+    prompts = [prompt for of_class in real.prompts for prompt in of_class]
+    seeds = list(range(per_class)) * len(real.classes)  # the same noise for every class and row
     dtype, _ = pretrained.pick_dtype("bf16", device)
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         images = torch.stack(list(sample_images(model, prompts, seeds, batch_size=per_class)))
-    return (images.permute(0, 3, 1, 2) / 127.5 - 1).unflatten(0, (len(captions), per_class))
+    return (images.permute(0, 3, 1, 2) / 127.5 - 1).unflatten(0, (len(real.classes), per_class))
 
 
 def color_errors(generated: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
@@ -104,42 +122,52 @@ def summary(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps of each run (default {STEPS})")
+    parser.add_argument("--quick", action="store_true", help="fewer images and steps; goes to results/quick-demo")
+    parser.add_argument("--captions", choices=COLUMNS, default="vsg", help="what to train on and to sample from")
+    parser.add_argument("--steps", type=int, help=f"optimiser steps of each run (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of both runs (default 0)")
-    parser.add_argument("--images", type=int, default=12, help="measured images per class and row (default 12)")
-    parser.add_argument("--out", type=Path, default=ROOT / "medart", help="folder of the runs (default medart)")
+    parser.add_argument("--images", type=int, help=f"measured images per class and row (default {IMAGES})")
+    parser.add_argument("--out", type=Path, help="folder of the runs (default medart)")
     parser.add_argument("--summary", type=Path, metavar="DIR", help="only sum up the seeds below DIR")
     options = parser.parse_args()
     if options.summary:
         return summary(options.summary)
+    steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
+    with_hldf: Path = options.out or ROOT / ("results/quick-demo" if options.quick else "medart")
+    without_hldf, column = with_hldf / "without_hldf", COLUMNS[options.captions]
 
     start = time.perf_counter()
-    updates = len(range(0, options.steps, OPTIONS["N_steps"]))
+    updates = len(range(0, steps, OPTIONS["N_steps"]))
     print(
-        f"plan: {options.steps} steps with HLDF ({updates} HLDF updates), {options.steps} steps without, one picture",
+        f"plan: {'VSG, ' if options.captions == 'vsg' else ''}{steps} steps with HLDF ({updates} HLDF updates), "
+        f"{steps} steps without, one picture",
         flush=True,
     )
-    with_hldf, without_hldf = options.out, options.out / "without_hldf"
-    finetune(with_hldf, options.steps, options.seed)
-    finetune(without_hldf, options.steps, options.seed, no_hldf=True)
+    training_data.locate(None)  # prepares the set, where it is not there
+    if options.captions == "vsg":
+        describe(DATA, *([f"--max-images={QUICK_DESCRIBED}"] if options.quick else []))
+    real = real_images(options.images or (QUICK_IMAGES if options.quick else IMAGES), column)
+    shown = [of_class[0] for of_class in real.prompts]  # in the runs' own sample grids
+    for run, no_hldf in ((with_hldf, False), (without_hldf, True)):
+        finetune(run, steps, options.seed, caption_column=column, validation_prompt=shown, no_hldf=no_hldf)
 
-    captions, real = real_images(options.images)
-    rows = {"real": real}
+    rows = {"real": real.pixels}
     for name, run in zip(ROWS[1:], (None, without_hldf, with_hldf), strict=True):
         print(f"sampling: {name}", flush=True)
-        rows[name] = sampled_images(captions, options.images, run)
-    picture(captions, rows, 2).save(options.out / "demo.png")
+        rows[name] = sampled_images(real, run)
+    picture(real.classes, rows, 2).save(with_hldf / "demo.png")
     record = {
-        "errors": {name: color_errors(rows[name], real) for name in ROWS[1:]},
+        "captions": options.captions,
+        "errors": {name: color_errors(rows[name], real.pixels) for name in ROWS[1:]},
         "seed": options.seed,
-        "steps": options.steps,
+        "steps": steps,
         "hldf_updates": updates,
-        "images_per_class": options.images,
+        "images_per_class": len(real.prompts[0]),
         "minutes": round((time.perf_counter() - start) / 60, 1),
     }
-    (options.out / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
+    (with_hldf / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    print(f"picture: {options.out / 'demo.png'}; runs, logs and samples: {with_hldf} and {without_hldf}")
+    print(f"picture: {with_hldf / 'demo.png'}; runs, logs and samples: {with_hldf} and {without_hldf}")
 
 
 if __name__ == "__main__":

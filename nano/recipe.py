@@ -8,10 +8,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import checkpoint
+from medart_core.caption_report import TOO_MANY_FELL_BACK
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {
+    "caption_column": "simple_text",  # VSG.py overwrites the column `text`
     "no_hldf": False,
     "center_crop": True,
     "cache_latents": True,
@@ -35,8 +37,21 @@ def arguments(output_dir: Path, options: dict[str, Any]) -> list[str]:
     """medart.py's command line for a run with these options."""
     command = [f"--output_dir={output_dir}"]
     for name, value in options.items():
-        command += [f"--{name}"] if value is True else [] if value is False else [f"--{name}={value}"]
+        for each in value if isinstance(value, list) else [value]:
+            command += [f"--{name}"] if each is True else [] if each is False else [f"--{name}={each}"]
     return command
+
+
+def describe(data_dir: Path, *flags: str) -> None:
+    """Run VSG.py in a process of its own; an interrupted run goes on, a finished one is taken.
+
+    Raises:
+        SystemExit: with VSG.py's exit code, when it failed. That many images fell back (3) is only worth a look.
+    """
+    script = [sys.executable, str(ROOT / "VSG.py"), f"--data-dir={data_dir}", *flags]
+    code = subprocess.run(script).returncode
+    if code not in (0, TOO_MANY_FELL_BACK):
+        sys.exit(code)
 
 
 def finetune(output_dir: Path, steps: int, seed: int, **changes) -> None:

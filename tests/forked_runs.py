@@ -1,4 +1,4 @@
-"""medart.py in processes of its own without their eight seconds of imports: every run is forked from one server."""
+"""Scripts in processes of their own without eight seconds of imports: every run is forked from one server."""
 
 import itertools
 import multiprocessing
@@ -7,14 +7,17 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300.0
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["medart", "bitsandbytes"])
+FORKS.set_forkserver_preload(["medart", "bitsandbytes", "VSG"])
 
 
 def medart_exit_codes(
@@ -25,6 +28,19 @@ def medart_exit_codes(
     `disturbance`: what happens (see `disturb`) at which micro-batch, counted from 0, of the process `rank` (-1: all).
     Returns the exit codes by rank, minus the signal's number for a process that a signal killed.
     """
+    before = partial(disturb, *disturbance) if disturbance else None
+    return exit_codes(start("medart", arguments, log, processes, before, rank))
+
+
+def start(
+    script: str,
+    arguments: list[str],
+    log: Path,
+    processes: int = 1,
+    before: Callable[[], None] | None = None,
+    rank: int = -1,
+) -> list[Any]:
+    """Start a script on the CPU in `processes` processes; `before` is called in the process `rank` (-1: all) first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -34,11 +50,16 @@ def medart_exit_codes(
         if processes > 1:
             environment |= {"RANK": str(mine), "LOCAL_RANK": str(mine), "WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
-        own = disturbance if rank in (-1, mine) else None
-        process = FORKS.Process(target=_medart, args=(arguments, environment, f"{log}.{mine}", own))
+        own = before if rank in (-1, mine) else None
+        process = FORKS.Process(target=_run, args=(script, arguments, environment, f"{log}.{mine}", own))
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
-            process.start()  # the first one starts the server, which needs our path to find medart
+            process.start()  # the first one starts the server, which needs our path to find the scripts
         started.append(process)
+    return started
+
+
+def exit_codes(started: list[Any]) -> list[int]:
+    """Wait for processes; those that take too long are killed."""
     for process in started:
         process.join(TIMEOUT)
         if process.is_alive():
@@ -47,21 +68,23 @@ def medart_exit_codes(
     return [process.exitcode for process in started]
 
 
-def _medart(arguments: list[str], environment: dict[str, str], log: str, disturbance: tuple[str, int] | None) -> None:
-    import medart
-    from medart_core.errors import exit_codes
+def _run(script: str, arguments: list[str], environment: dict[str, str], log: str, before: Callable | None) -> None:
+    import importlib
 
+    from medart_core import errors
+
+    module = importlib.import_module(script)
     multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
     os.setpgrp()
     os.environ.update(environment)
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if disturbance:
-        disturb(*disturbance)
-    sys.argv = ["medart.py", *arguments]
-    with exit_codes():
-        sys.exit(medart.main())
+    if before:
+        before()
+    sys.argv = [f"{script}.py", *arguments]
+    with errors.exit_codes():
+        sys.exit(module.main())
 
 
 def disturb(what: str, micro_batch: int) -> None:

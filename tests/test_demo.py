@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
+import compare_captions
 import demo
 import recipe
 
@@ -55,6 +57,61 @@ def test_the_recipe_is_one_that_medart_takes():
     arguments = recipe.arguments(Path("out"), wanted)
     opts = options.parse(MedArtOptions, None, arguments)
     assert opts.no_hldf and opts.cache_latents and (opts.max_train_steps, opts.seed) == (5, 1)
+
+
+def test_a_list_is_given_to_medart_item_by_item():
+    arguments = recipe.arguments(Path("out"), recipe.OPTIONS | {"validation_prompt": ["a, b", "c"]})
+    opts = options.parse(MedArtOptions, None, arguments)
+    assert opts.validation_prompt == ["a, b", "c"] and opts.caption_column == "simple_text"
+
+
+@pytest.mark.parametrize(("code", "ends"), [(0, None), (3, None), (2, 2), (143, 143)])
+def test_descriptions_that_fell_back_do_not_end_the_demo(monkeypatch, code, ends):
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, code))
+    if ends is None:
+        return recipe.describe(Path("set"))
+    with pytest.raises(SystemExit) as ended:
+        recipe.describe(Path("set"))
+    assert ended.value.code == ends
+
+
+def test_real_images_are_described_ones_of_each_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DATA", tmp_path)
+    (tmp_path / "test").mkdir()
+    lines = ["file_name,text,simple_text,label"]
+    for number in range(12):
+        simple = f"an image of {'ab'[number % 2]}"
+        described = number >= 4 or number == 1  # 4 of class a, 5 of class b
+        lines.append(f"{number}.png,{simple}{' with spots' if described else ''},{simple},{'ab'[number % 2]}")
+        Image.new("RGB", (8, 8), (number * 20,) * 3).save(tmp_path / "test" / f"{number}.png")
+    (tmp_path / "test" / "metadata.csv").write_text("\n".join(lines))
+    real = demo.real_images(2, "text")
+    assert real.classes == ["an image of a", "an image of b"]
+    assert real.prompts == [["an image of a with spots"] * 2, ["an image of b with spots"] * 2]
+    shades = real.pixels.mean(dim=(2, 3, 4)).add(1).mul(127.5 / 20).round().int().tolist()
+    assert shades == [[4, 10], [1, 11]]
+    assert demo.real_images(6, "text").prompts[0].count("an image of a") == 2  # too few are described: all take part
+    assert demo.real_images(2, "simple_text").prompts[0] == ["an image of a"] * 2
+
+
+def test_captions_are_compared_by_what_the_log_has(tmp_path):
+    def entry(step, shift):
+        names = compare_captions.STATISTICS
+        colors = {f"generated_{name}": 0.5 + shift for name in names} | {f"real_{name}": 0.5 for name in names}
+        return {"step": step, "loss_color": 1.0} | colors
+
+    lines = [
+        {"step": 0, "loss_validation": 0.9},
+        entry(0, 9),
+        entry(20, 0.1),
+        entry(25, 0.3),
+        {"step": 29, "loss_noise": 1},
+    ]
+    lines.append({"step": 29, "loss_validation": 0.4})
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    figures = compare_captions.figures(tmp_path, steps=30)
+    assert figures["loss_validation"] == 0.4 and figures["loss_validation_at_first"] == 0.9
+    assert figures["color_distance"] == pytest.approx(0.2 * 6**0.5)
 
 
 def test_the_demo_makes_enough_hldf_updates():

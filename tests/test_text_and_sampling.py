@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from medart_core import pretrained
+from medart_core import devices, pretrained
 from medart_core.errors import UserError
 from medart_core.sampling import initial_noise, sample_images
 from medart_core.text import clean, encode_prompts, encode_with_negative, report_long_captions
@@ -94,7 +94,7 @@ def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
 
 def test_fp16_is_refused_and_bf16_falls_back_where_it_is_emulated(monkeypatch):
     with pytest.raises(UserError, match="T5 overflows"):
-        pretrained.pick_dtype("fp16", torch.device("cpu"))
-    monkeypatch.setattr(pretrained, "bf16_is_native", lambda device: False)
-    dtype, remark = pretrained.pick_dtype("bf16", torch.device("cpu"))
+        devices.pick_dtype("fp16", torch.device("cpu"))
+    monkeypatch.setattr(devices, "bf16_is_native", lambda device: False)
+    dtype, remark = devices.pick_dtype("bf16", torch.device("cpu"))
     assert dtype is torch.float32 and remark and "not native" in remark

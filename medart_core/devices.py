@@ -1,0 +1,40 @@
+"""Where the models compute, and in which precision; without the seconds that importing diffusers takes."""
+
+import torch
+
+from medart_core.errors import UserError
+
+
+def pick_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """Whether bf16 arithmetic is done by the hardware rather than emulated at a fraction of the speed of fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+        return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return False
+
+
+def pick_dtype(mixed_precision: str, device: torch.device) -> tuple[torch.dtype, str | None]:
+    """The base models' dtype for `no` or `bf16`, and one line for the user where that is not what was asked."""
+    if mixed_precision == "no":
+        return torch.float32, None
+    if mixed_precision != "bf16":
+        raise UserError(f"mixed precision {mixed_precision!r} is not supported, T5 overflows in it; use bf16 or no")
+    if bf16_is_native(device):
+        return torch.bfloat16, None
+    return torch.float32, f"bf16 is not native on this {device.type} device: computing in fp32"
+
+
+def named_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of `fp32`, `bf16` or `fp16`; `auto` is bf16 on a GPU that has it natively, else fp32."""
+    if name == "auto":
+        return pick_dtype("bf16", device)[0] if device.type == "cuda" else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
