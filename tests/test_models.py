@@ -110,7 +110,7 @@ def test_a_new_model_is_the_identity_with_output_zero():
     torch.manual_seed(0)
     model = DiT_models["DiT-S/8"](input_size=16, num_classes=3).eval()
     tokens, condition = torch.randn(2, 4, 384), torch.randn(2, 384)
-    assert torch.equal(model.blocks[0](tokens, condition), tokens)
+    assert torch.equal(next(iter(model.blocks))(tokens, condition), tokens)
     assert not model(torch.randn(2, 4, 16, 16), torch.tensor([3, 4]), torch.tensor([0, 3])).any()
     assert model.t_embedder.mlp[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert model.y_embedder.embedding_table.weight.std().item() == pytest.approx(0.02, rel=0.1)
