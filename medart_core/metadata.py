@@ -38,9 +38,9 @@ def _read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]
     return list(rows[0][1]) if rows else [], rows
 
 
-def _row_problem(row: dict[str, Any], folder: Path, caption_column: str, seen: dict[Path, int]) -> str | None:
+def _row_problem(row: dict[str, Any], folder: Path, column: str, what: str, seen: dict[Path, int]) -> str | None:
     """What is wrong with a row of a metadata file, and its remedy."""
-    name, caption = row.get("file_name"), row.get(caption_column)
+    name, value = row.get("file_name"), row.get(column)
     if None in row:
         return f"more fields than columns behind {name!r}; put captions with commas into double quotes"
     if not isinstance(name, str) or not name or "\0" in name:
@@ -52,40 +52,43 @@ def _row_problem(row: dict[str, Any], folder: Path, caption_column: str, seen: d
         return f"{name!r} does not exist in {folder}; correct the name or remove the row"
     if path in seen:
         return f"{name!r} was already in line {seen[path]}; keep one of the two"
-    if not isinstance(caption, str) or not caption.strip():
-        return f"the caption of {name!r} is empty; write one or remove the row"
+    if not isinstance(value, str) or not value.strip():
+        return f"the {what} of {name!r} is empty; write one or remove the row"
     return None
 
 
-def read_metadata(folder: Path, caption_column: str = "text") -> list[tuple[str, str]]:
+def read_metadata(
+    folder: Path, column: str = "text", what: str = "caption", files: Sequence[str] = METADATA_FILES
+) -> list[tuple[str, str]]:
     """The (file_name, caption) pairs of a folder with metadata.csv or metadata.jsonl, in the file's order.
+
+    With another `column`, what is read and called `what` in messages may also be a label; the first of `files` counts.
 
     Raises:
         UserError: naming the file, the line and the remedy, for a missing column, a missing, doubled or escaping
             file_name, or an empty caption.
     """
-    file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in files if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
             f"{folder} has no metadata.csv; make a set with prepare.py, or write one with the columns file_name,text"
         )
     columns, rows = _read_rows(file)
     if not rows:
-        raise UserError(f"{file} has no rows; it needs one per image, with the columns file_name,{caption_column}")
-    for column in ("file_name", caption_column):
-        if columns.count(column) != 1:
-            what = "no column" if column not in columns else "more than one column"
-            raise UserError(
-                f"{file} has {what} {column!r} (there are: {', '.join(columns)}); rename one or use --caption_column"
-            )
+        raise UserError(f"{file} has no rows; it needs one per image, with the columns file_name,{column}")
+    for name in ("file_name", column):
+        if columns.count(name) != 1:
+            fault = "no column" if name not in columns else "more than one column"
+            remedy = "rename one or use --caption_column" if what == "caption" else "rename one"
+            raise UserError(f"{file} has {fault} {name!r} (there are: {', '.join(columns)}); {remedy}")
     seen: dict[Path, int] = {}
     pairs, problems = [], []
     for line, row in rows:
-        problem = _row_problem(row, folder, caption_column, seen)
+        problem = _row_problem(row, folder, column, what, seen)
         if problem:
             problems.append(f"{file}, line {line}: {problem}")
         else:
             seen[(folder / row["file_name"]).resolve()] = line
-            pairs.append((row["file_name"], row[caption_column]))
+            pairs.append((row["file_name"], row[column]))
     raise_first(problems)
     return pairs

@@ -83,6 +83,15 @@ def first_process_first(device: torch.device) -> Iterator[None]:
         torch.distributed.broadcast(failed, 0)
 
 
+def wait_for_all(device: torch.device) -> None:
+    """Wait until every process is here; where one has failed, which has said why, the others end with its code."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        try:
+            torch.distributed.all_reduce(torch.zeros(1, device=device))
+        except RuntimeError as error:  # its connections are closed
+            raise SystemExit(2) from error
+
+
 def leave_process_group(_worker: int) -> None:
     """For `DataLoader(worker_init_fn=)`: a Ctrl-C in the terminal shall not end the workers, which the step at hand
     still needs."""
