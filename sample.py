@@ -197,6 +197,7 @@ def order_dit(options: argparse.Namespace, dtype: torch.dtype, device: torch.dev
     """Some images of each class; with one of each, some classes to a row of the grid."""
     if options.image_size is not None and not isinstance(options.image_size, int):
         raise UserError(f"--image-size {options.image_size} is not square, as DiT's images are; give one number")
+    torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU, as published
     model, weights = dit_checkpoint.open_model(
         DiT_models, options.ckpt, options.model, options.image_size, options.num_classes
     )
@@ -232,7 +233,6 @@ def main() -> None:
         return merge(options)
     out = sample_folder.choose(options.out, ROOT / "results")
     device = pretrained.pick_device()
-    torch.set_float32_matmul_precision("high")  # TF32, where fp32 is asked for on a GPU
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     dtype, remark = pretrained.pick_dtype("bf16" if bf16 else "no", device)
     if remark:

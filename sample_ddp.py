@@ -152,6 +152,13 @@ def pixart_source(options: argparse.Namespace, dtype: torch.dtype, device: torch
     return Source(name, (side, side), settings, [{"text": prompt} for prompt in prompts], draw)
 
 
+def draw(source: Source, rows: range) -> Tensor:
+    try:
+        return source.draw(rows)
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU's memory is too small for a group; lower --per-proc-batch-size") from error
+
+
 def main() -> None:
     options = parse_options()
     stopping.end_with_launcher()
@@ -190,7 +197,7 @@ def main() -> None:
             with stopping.together(device):
                 if turn < len(mine):
                     rows = [row for row in mine[turn] if row in missing]
-                    images = source.draw(mine[turn])
+                    images = draw(source, mine[turn])
                     store.save(rows, images[[row - mine[turn].start for row in rows]])
             shared = groups[turn * state.num_processes : (turn + 1) * state.num_processes]
             progress.update(sum(row in missing for rows in shared for row in rows))
