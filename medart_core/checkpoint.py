@@ -4,10 +4,11 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def publish(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     work.mkdir(parents=True)
     try:
         write(work)
-        _seal(work)
+        _seal_all(work)
     except Exception:
         shutil.rmtree(work, ignore_errors=True)  # half a checkpoint is of no use, and the disk may be full
         raise
@@ -78,17 +79,23 @@ def publish(run_dir: Path, name: str, write: Callable[[Path], None]) -> Path:
     return target
 
 
-def _seal(work: Path) -> None:
-    """Bring all files of a folder to the disk and list them, with their sums, in its manifest."""
+def _seal_all(work: Path) -> None:
     written = sorted(work.rglob("*"))
-    files = [path for path in written if path.is_file()]
-    manifest = {
-        path.relative_to(work).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files
-    }
     for path in written:
+        if path.is_dir():
+            _sync(path)
+    seal(work / MANIFEST, [path for path in written if path.is_file()])
+
+
+def seal(manifest: Path, files: Iterable[Path]) -> None:
+    """Bring files below the manifest's folder to the disk, and list them there with their sums."""
+    sums = {}
+    for path in files:
+        name = path.relative_to(manifest.parent).as_posix()
+        sums[name] = {"sha256": _sha256(path), "bytes": path.stat().st_size}
         _sync(path)
-    write_json(work / MANIFEST, manifest)
-    _sync(work)
+    write_json(manifest, sums)
+    _sync(manifest.parent)
 
 
 @contextlib.contextmanager
@@ -108,15 +115,20 @@ def disk_faults(run_dir: Path, safe: str = "its checkpoints are intact") -> Iter
         ) from error
 
 
-def verify(folder: Path) -> None:
-    """Hold a published folder against its manifest. Raises UserError naming the file that is missing or damaged."""
+def verify(folder: Path, manifest: str = MANIFEST, summed_bytes: float = math.inf) -> None:
+    """Hold what was published in a folder against its manifest; of files above `summed_bytes` only the size.
+
+    Raises:
+        UserError: naming the file that is missing or damaged.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        facts = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in manifest.items()]
+        content = json.loads((folder / manifest).read_text())
+        facts = [(folder / name, entry["bytes"], entry["sha256"]) for name, entry in content.items()]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder} has no readable {MANIFEST}") from error
+        raise UserError(f"{folder} has no readable {manifest}") from error
     for path, size, sha256 in facts:
-        if not path.is_file() or path.stat().st_size != size or _sha256(path) != sha256:
+        whole = path.is_file() and path.stat().st_size == size
+        if not whole or (size <= summed_bytes and _sha256(path) != sha256):
             raise UserError(f"{path} is missing or damaged")
 
 
@@ -231,18 +243,19 @@ def take(run_dir: Path, work: str = "trains", remedy: str = "choose another --ou
         print(f"warning: {run_dir} cannot be locked ({error}); start no second run in it", file=sys.stderr, flush=True)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path, option: str = "--output_dir") -> dict[str, Any]:
+    """The object in a JSON file of a run. Raises UserError, which tells to choose another `option`."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); choose another --output_dir") from error
+        raise UserError(f"{path} cannot be read ({error}); choose another {option}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not of this program; choose another --output_dir")
+        raise UserError(f"{path} is not of this program; choose another {option}")
     return content
 
 
 def _check_same(run_dir: Path, options: Mapping[str, Any], free: frozenset[str]) -> None:
-    before = _read(run_dir / OPTIONS)
+    before = read_json(run_dir / OPTIONS)
     names = sorted((before.keys() | options.keys()) - free)
     pairs = [(name, before.get(name), options.get(name)) for name in names]
     changed = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
@@ -255,11 +268,11 @@ def _check_same(run_dir: Path, options: Mapping[str, Any], free: frozenset[str])
 
 def _check_length(run_dir: Path, options: Mapping[str, Any]) -> None:
     """Refuse a run that would be shorter than what is there, or no longer than a finished one."""
-    before = _read(run_dir / OPTIONS)
+    before = read_json(run_dir / OPTIONS)
     done = max((step for step, _ in checkpoints(run_dir)), default=0)
     finished = (run_dir / FINISHED).exists()
     if finished:
-        done = max(done, int(_read(run_dir / FINISHED).get("step", 0)))
+        done = max(done, int(read_json(run_dir / FINISHED).get("step", 0)))
     lengths = [(before.get(name), options.get(name)) for name in GROWING]
     steps = options.get("max_train_steps")
     if any(old is not None and new is not None and new < old for old, new in lengths) or (steps or done) < done:

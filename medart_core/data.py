@@ -27,6 +27,24 @@ CROP, ORDER, SUBSET = 11, 12, 13  # names of the random streams
 # --- Crops ---
 
 
+def to_pixel_values(image: Image.Image) -> Tensor:
+    """RGB image -> (3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
+
+
+def center_crop_adm(image: Image.Image, size: int) -> Image.Image:
+    """The middle square, as DiT's training images are cut (`center_crop_arr` of ADM, arXiv:2105.05233).
+
+    Halved by averaging while its short side is at least twice `size`, then scaled to it bicubically.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
 @dataclass(frozen=True)
 class ImageTransform:
     """Resize so that the image covers `size`, crop to it, perhaps mirror, scale to [-1, 1].
@@ -47,10 +65,10 @@ class ImageTransform:
         free = torch.tensor([resized[0] - width, resized[1] - height])
         place = free // 2 if self.center_crop else (torch.rand(2, generator=draws) * (free + 1)).long()
         left, top = place.tolist()
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
+        pixels = to_pixel_values(image.crop((left, top, left + width, top + height)))
         if self.random_flip and torch.rand((), generator=draws) < 0.5:
-            pixels = pixels[:, ::-1]
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float().div_(127.5).sub_(1)
+            pixels = pixels.flip(-1)
+        return pixels
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -22,15 +22,19 @@ def bf16_is_native(device: torch.device) -> bool:
     return False
 
 
-def pick_dtype(mixed_precision: str, device: torch.device) -> tuple[torch.dtype, str | None]:
-    """The base models' dtype for `no` or `bf16`, and one line for the user where that is not what was asked."""
+def pick_dtype(mixed_precision: str, device: torch.device, fp16: bool = False) -> tuple[torch.dtype, str | None]:
+    """The dtype for `no` or `bf16`, with `fp16` also for that, and one line for the user where it is not as asked."""
     if mixed_precision == "no":
         return torch.float32, None
-    if mixed_precision != "bf16":
+    if mixed_precision not in ("bf16", *["fp16"] * fp16):
         raise UserError(f"mixed precision {mixed_precision!r} is not supported, T5 overflows in it; use bf16 or no")
-    if bf16_is_native(device):
-        return torch.bfloat16, None
-    return torch.float32, f"bf16 is not native on this {device.type} device: computing in fp32"
+    if mixed_precision == "fp16" and device.type == "cuda":
+        return torch.float16, None
+    dtype = torch.bfloat16 if bf16_is_native(device) else torch.float32
+    if mixed_precision == "bf16" and dtype is torch.bfloat16:
+        return dtype, None
+    used = "bf16" if dtype is torch.bfloat16 else "fp32"
+    return dtype, f"{mixed_precision} is not native on this {device.type} device: computing in {used}"
 
 
 def named_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -38,9 +38,9 @@ def _read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]
     return list(rows[0][1]) if rows else [], rows
 
 
-def _row_problem(row: dict[str, Any], folder: Path, caption_column: str, seen: dict[Path, int]) -> str | None:
+def _row_problem(row: dict[str, Any], folder: Path, column: str, what: str, seen: dict[Path, int]) -> str | None:
     """What is wrong with a row of a metadata file, and its remedy."""
-    name, caption = row.get("file_name"), row.get(caption_column)
+    name, value = row.get("file_name"), row.get(column)
     if None in row:
         return f"more fields than columns behind {name!r}; put captions with commas into double quotes"
     if not isinstance(name, str) or not name or "\0" in name:
@@ -52,29 +52,31 @@ def _row_problem(row: dict[str, Any], folder: Path, caption_column: str, seen: d
         return f"{name!r} does not exist in {folder}; correct the name or remove the row"
     if path in seen:
         return f"{name!r} was already in line {seen[path]}; keep one of the two"
-    if not isinstance(caption, str) or not caption.strip():
-        return f"the caption of {name!r} is empty; write one or remove the row"
+    if not isinstance(value, str) or not value.strip():
+        return f"the {what} of {name!r} is empty; write one or remove the row"
     return None
 
 
-def read_table(file: Path, caption_column: str, remedy: str) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a file with captions of the images beside it, each with its line number, all of them usable.
+def read_table(file: Path, column: str, remedy: str, what: str = "caption") -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a table of the images beside it, each with its line number, all of them usable.
+
+    What stands in `column` is called `what` in messages.
 
     Raises:
         UserError: naming the file, the line and the remedy, for a missing column (`remedy`), a missing, doubled or
-            escaping file_name, or an empty caption.
+            escaping file_name, or an empty value.
     """
     columns, rows = _read_rows(file)
     if not rows:
-        raise UserError(f"{file} has no rows; it needs one per image, with the columns file_name,{caption_column}")
-    for column in ("file_name", caption_column):
-        if columns.count(column) != 1:
-            what = "no column" if column not in columns else "more than one column"
-            raise UserError(f"{file} has {what} {column!r} (there are: {', '.join(columns)}); {remedy}")
+        raise UserError(f"{file} has no rows; it needs one per image, with the columns file_name,{column}")
+    for name in ("file_name", column):
+        if columns.count(name) != 1:
+            fault = "no column" if name not in columns else "more than one column"
+            raise UserError(f"{file} has {fault} {name!r} (there are: {', '.join(columns)}); {remedy}")
     seen: dict[Path, int] = {}
     problems = []
     for line, row in rows:
-        problem = _row_problem(row, file.parent, caption_column, seen)
+        problem = _row_problem(row, file.parent, column, what, seen)
         if problem:
             problems.append(f"{file}, line {line}: {problem}")
         else:
@@ -83,16 +85,20 @@ def read_table(file: Path, caption_column: str, remedy: str) -> list[tuple[int, 
     return rows
 
 
-def read_metadata(folder: Path, caption_column: str = "text") -> list[tuple[str, str]]:
-    """The (file_name, caption) pairs of a folder with metadata.csv or metadata.jsonl, in the file's order.
+def read_metadata(
+    folder: Path, column: str = "text", what: str = "caption", files: Sequence[str] = METADATA_FILES
+) -> list[tuple[str, str]]:
+    """The (file_name, caption) pairs of a folder's table, in its order; the first of `files` that is there counts.
+
+    With another `column`, what is read and called `what` in messages may also be a label.
 
     Raises:
-        UserError: if there is neither, or as `read_table` does.
+        UserError: if there is no table, or as `read_table` does.
     """
-    file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in files if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
             f"{folder} has no metadata.csv; make a set with prepare.py, or write one with the columns file_name,text"
         )
-    rows = read_table(file, caption_column, "rename one or use --caption_column")
-    return [(row["file_name"], row[caption_column]) for _, row in rows]
+    remedy = "rename one or use --caption_column" if what == "caption" else "rename one"
+    return [(row["file_name"], row[column]) for _, row in read_table(file, column, remedy, what)]

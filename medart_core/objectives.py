@@ -1,8 +1,15 @@
 """The losses: tensors in, tensors out."""
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from medart_core.gaussian_diffusion import GaussianDiffusion
+
+HALF_BIN, EDGE = 1 / 255, 0.999  # a grey level of 8 bits in [-1, 1], and where the outermost ones begin
 
 
 def noise_prediction_loss(prediction: Tensor, noise: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -29,6 +36,66 @@ def min_snr_weights(alphas_cumprod: Tensor, timesteps: Tensor, gamma: float) -> 
     alpha_bar = alphas_cumprod.to(timesteps.device)[timesteps].float()
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(max=gamma) / snr
+
+
+def diffusion_loss(
+    model: Callable[..., Tensor],
+    diffusion: GaussianDiffusion,
+    x_start: Tensor,
+    t: Tensor,
+    y: Tensor,
+    noise: Tensor,
+    drop: Tensor | None = None,
+) -> Tensor:
+    """DiT's loss of each image: (B,) fp32, `noise_error` + `variational_bound` at equal weights (arXiv:2102.09672).
+
+    Args:
+        model: called as `model(x, t, y, drop)`, gives (B, 2 * C, h, w): noise and variances.
+        x_start, noise: (B, C, h, w) scaled latents and standard normal noise.
+        t: (B,) int64 in [0, 1000).
+        y: (B,) int64 classes; `drop` (B,) bool says which are replaced by the null class.
+    """
+    prediction = model(diffusion.q_sample(x_start, t, noise), t, y, drop).float()
+    predicted, values = prediction.chunk(2, dim=1)
+    error = predicted - noise.float()
+    mse = error.square().mean(dim=(1, 2, 3))
+    return mse + variational_bound(diffusion, x_start.float(), t, error.detach(), values)
+
+
+def variational_bound(
+    diffusion: GaussianDiffusion, x_start: Tensor, t: Tensor, error: Tensor, values: Tensor
+) -> Tensor:
+    """The bound's term of timestep t, which trains the variances: (B,), in bits per dimension.
+
+    The means of the true and of the predicted reverse step enter by their difference alone, and that is the noise
+    error times a constant; so nothing is lost by subtracting what is nearly equal.
+
+    Args:
+        error: (B, C, h, w), predicted minus true noise, without gradient.
+        values: (B, C, h, w), the network's variances in about [-1, 1].
+    """
+    log_variance = diffusion.log_variance(values, t)
+    mean_error = error * diffusion.at(diffusion.mean_per_error, t)
+    log_ratio = diffusion.at(diffusion.log_min_variance, t) - log_variance
+    kl = 0.5 * (log_ratio.exp() - 1 - log_ratio + mean_error.square() * (-log_variance).exp())
+    nll = -discretized_log_likelihood(x_start, mean_error, 0.5 * log_variance)
+    nats = torch.where(t[:, None, None, None] == 0, nll, kl)
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+def discretized_log_likelihood(x: Tensor, distance: Tensor, log_std: Tensor) -> Tensor:
+    """Log-probability of the grey level around x under a Gaussian whose mean lies `distance` below x (same shapes).
+
+    The outermost levels reach to infinity; the distribution function is tanh's approximation (arXiv:2006.11239).
+    """
+    upper, lower = ((distance + side) * (-log_std).exp() for side in (HALF_BIN, -HALF_BIN))
+    below_upper, below_lower = _normal_cdf(upper), _normal_cdf(lower)
+    probability = torch.where(x > EDGE, 1 - below_lower, below_upper - below_lower)
+    return torch.where(x < -EDGE, below_upper, probability).clamp(min=1e-12).log()
+
+
+def _normal_cdf(x: Tensor) -> Tensor:
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x.pow(3))))
 
 
 def color_statistics(pixels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

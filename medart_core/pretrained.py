@@ -18,6 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 NANO = "nano/pixart"  # the bundled default, from the project's root
 NANO_SIZE = 128
 PARTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+VAES = {  # of DiT, by the name that --vae takes
+    "ema": "stabilityai/sd-vae-ft-ema",
+    "mse": "stabilityai/sd-vae-ft-mse",
+    "nano": f"{NANO}/vae",
+}
 
 
 @dataclass
@@ -49,6 +54,28 @@ def find(name: str | Path | None) -> str:
     """The folder of a model, or its hub id; `None` is the bundled nano model, folders may be named from the root."""
     path = str(NANO if name is None else name)
     return str(ROOT / path) if not Path(path).is_dir() and (ROOT / path).is_dir() else path
+
+
+def load_vae(name: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The frozen AutoencoderKL of one of the `VAES`, of a folder (a pipeline's or its own) or of a hub id.
+
+    Raises:
+        UserError: if it is damaged, or cannot be fetched.
+    """
+    path = find(VAES.get(name, name))
+    if (Path(path) / "vae").is_dir():
+        path = str(Path(path) / "vae")
+    try:
+        vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
+    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError) as error:
+        fault = (str(error).strip() or "a file is empty").splitlines()[0].rstrip(".")
+        if not Path(path).is_dir():
+            fault = f"it is no folder here, and the hub did not give it ({fault})"
+        raise UserError(
+            f"cannot load the VAE {path}: {fault}. Download it where there is a network (hf download {path}) "
+            "and give its folder as --vae, or use the small bundled one: --vae nano"
+        ) from error
+    return vae.to(device).requires_grad_(False).eval()
 
 
 def load(

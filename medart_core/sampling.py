@@ -16,6 +16,16 @@ def initial_noise(seeds: Sequence[int], channels: int, height: int, width: int) 
     return torch.stack(rows)
 
 
+def groups(count: int, size: int) -> list[range]:
+    """Cut images 0 ... count - 1 into ranges of `size`; how they are shared out then changes no bit of an image."""
+    return [range(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def padded(rows: Sequence[int], size: int) -> list[int]:
+    """`rows`, filled up to `size` by repeating the first: what a network is given has always the same shape."""
+    return [*rows, *[rows[0]] * (size - len(rows))]
+
+
 def to_uint8(pixels: Tensor) -> Tensor:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8 on the CPU."""
     return pixels.clamp(-1, 1).add(1).mul(127.5).round().permute(0, 2, 3, 1).to("cpu", torch.uint8)
@@ -47,12 +57,11 @@ def sample_images(
         texts[prompt] = encode_with_negative(
             model.tokenizer, model.text_encoder, [prompt], negative_prompt, max_token_length, pad_to=max_token_length
         )
-    for start in range(0, len(prompts), batch_size):
-        rows = range(start, min(start + batch_size, len(prompts)))
-        padded = [*rows, *[rows[0]] * (batch_size - len(rows))]
-        text = (torch.cat(parts) for parts in zip(*(texts[prompts[row]] for row in padded), strict=True))
+    for rows in groups(len(prompts), batch_size):
+        filled = padded(rows, batch_size)
+        text = (torch.cat(parts) for parts in zip(*(texts[prompts[row]] for row in filled), strict=True))
         channels = model.transformer.config.in_channels
-        noise = initial_noise([seeds[row] for row in padded], channels, height // factor, width // factor)
+        noise = initial_noise([seeds[row] for row in filled], channels, height // factor, width // factor)
         latents = sample_latents(
             model.transformer,
             model.scheduler,

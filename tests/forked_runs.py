@@ -1,5 +1,6 @@
 """Scripts in processes of their own without eight seconds of imports: every run is forked from one server."""
 
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -7,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,49 +18,32 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300.0
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["medart", "bitsandbytes", "VSG"])
+FORKS.set_forkserver_preload(["medart", "bitsandbytes", "VSG", "train", "extract_features", "sample_ddp"])
 
 
-def medart_exit_codes(
-    arguments: list[str], log: Path, processes: int = 1, disturbance: tuple[str, int] | None = None, rank: int = -1
-) -> list[int]:
-    """Run medart.py on the CPU in `processes` processes; rank r writes what it says to `<log>.<r>`.
+def start_ranks(target: Callable[..., None], log: Path, of_ranks: Sequence[tuple]) -> list[Any]:
+    """Call `target(environment, file, *arguments)` in one process for each tuple of arguments, all at a time.
 
-    `disturbance`: what happens (see `disturb`) at which micro-batch, counted from 0, of the process `rank` (-1: all).
-    Returns the exit codes by rank, minus the signal's number for a process that a signal killed.
+    `environment` is what torchrun would set, `file` is `<log>.<rank>`.
     """
-    before = partial(disturb, *disturbance) if disturbance else None
-    return exit_codes(start("medart", arguments, log, processes, before, rank))
-
-
-def start(
-    script: str,
-    arguments: list[str],
-    log: Path,
-    processes: int = 1,
-    before: Callable[[], None] | None = None,
-    rank: int = -1,
-) -> list[Any]:
-    """Start a script on the CPU in `processes` processes; `before` is called in the process `rank` (-1: all) first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
-    for mine in range(processes):
+    started, processes = [], str(len(of_ranks))
+    for rank, arguments in enumerate(of_ranks):
         environment = {"ACCELERATE_USE_CPU": "true"}
-        if processes > 1:
-            environment |= {"RANK": str(mine), "LOCAL_RANK": str(mine), "WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
-        own = before if rank in (-1, mine) else None
-        process = FORKS.Process(target=_run, args=(script, arguments, environment, f"{log}.{mine}", own))
+        if len(of_ranks) > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": processes}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": processes}
+        process = FORKS.Process(target=target, args=(environment, f"{log}.{rank}", *arguments))
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
             process.start()  # the first one starts the server, which needs our path to find the scripts
         started.append(process)
     return started
 
 
-def exit_codes(started: list[Any]) -> list[int]:
-    """Wait for processes; those that take too long are killed."""
+def exit_codes(started: Sequence[Any]) -> list[int]:
+    """Wait for processes, and kill those that take too long; minus the signal's number where a signal killed one."""
     for process in started:
         process.join(TIMEOUT)
         if process.is_alive():
@@ -68,30 +52,66 @@ def exit_codes(started: list[Any]) -> list[int]:
     return [process.exitcode for process in started]
 
 
-def _run(script: str, arguments: list[str], environment: dict[str, str], log: str, before: Callable | None) -> None:
-    import importlib
+def fork_ranks(target: Callable[..., None], log: Path, of_ranks: Sequence[tuple]) -> list[int]:
+    """`start_ranks`, and their `exit_codes`."""
+    return exit_codes(start_ranks(target, log, of_ranks))
 
-    from medart_core import errors
 
-    module = importlib.import_module(script)
+def enter(environment: dict[str, str], file: str, argv: list[str]) -> None:
+    """Make a forked process look like one that a launcher started, which writes what it says to `file`."""
     multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
     os.setpgrp()
     os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    if before:
-        before()
-    sys.argv = [f"{script}.py", *arguments]
-    with errors.exit_codes():
-        sys.exit(module.main())
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = argv
 
 
-def disturb(what: str, micro_batch: int) -> None:
+def medart_exit_codes(
+    arguments: list[str], log: Path, processes: int = 1, disturbance: tuple[str, int] | None = None, rank: int = -1
+) -> list[int]:
+    """`script_exit_codes` of medart.py with what happens (see `disturb`) at which micro-batch, counted from 0."""
+    prepare = [(disturb, *disturbance)] if disturbance else []
+    return script_exit_codes("medart", arguments, log, processes, prepare, rank)
+
+
+def script_exit_codes(script: str, *arguments: Any, **options: Any) -> list[int]:
+    """`start_script`, and the `exit_codes` of its processes."""
+    return exit_codes(start_script(script, *arguments, **options))
+
+
+def start_script(
+    script: str,
+    arguments: list[str],
+    log: Path,
+    processes: int = 1,
+    prepare: Sequence[tuple[Any, ...]] = (),
+    rank: int = -1,
+) -> list[Any]:
+    """Run `script`.main() on the CPU in `processes` processes; rank r writes what it says to `<log>.<r>`.
+
+    `prepare`: functions of the tests with their arguments, called before it in the process `rank` (-1: in all).
+    """
+    own = [partial(*call) for call in prepare]
+    ranks = [(script, arguments, own if rank in (-1, mine) else []) for mine in range(processes)]
+    return start_ranks(_run, log, ranks)
+
+
+def _run(environment: dict[str, str], file: str, script: str, arguments: list[str], prepare: list[Any]) -> None:
+    from medart_core.errors import exit_codes
+
+    enter(environment, file, [f"{script}.py", *arguments])
+    for call in prepare:
+        call()
+    with exit_codes():
+        sys.exit(importlib.import_module(script).main())
+
+
+def disturb(what: str, micro_batch: int, script: str = "medart", loss_name: str = "denoising_loss") -> None:
     """Let something happen once the loss of a micro-batch is computed: inside its accumulation window."""
-    import medart
-
-    real, counted = medart.denoising_loss, itertools.count()
+    module: Any = importlib.import_module(script)
+    real, counted = getattr(module, loss_name), itertools.count()
 
     def disturbed(*arguments, **options):
         loss = real(*arguments, **options)
@@ -102,7 +122,7 @@ def disturb(what: str, micro_batch: int) -> None:
         if what == "inf gradient":
             loss.register_hook(lambda gradient: gradient * float("inf"))
         elif what == "nan colour loss":
-            medart.color_distribution_loss = lambda generated, _: generated.sum() * float("nan")
+            module.color_distribution_loss = lambda generated, _: generated.sum() * float("nan")
         elif what == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         else:
@@ -110,4 +130,4 @@ def disturb(what: str, micro_batch: int) -> None:
                 os.killpg(0, getattr(signal, name))
         return loss
 
-    medart.denoising_loss = disturbed
+    setattr(module, loss_name, disturbed)

@@ -405,7 +405,7 @@ def test_a_folder_has_one_trainer_until_that_one_ends(tmp_path: Path) -> None:
     ) as child:
         assert child.stdout and child.stdout.readline() == "in\n"
         (tmp_path / f"{checkpoint.TEMPORARY}checkpoint-5").mkdir()
-        with pytest.raises(UserError, match=r"^another process trains in .*; end it, or choose another --output_dir$"):
+        with pytest.raises(UserError, match=r"^another process works in .*; end it, or choose another --output_dir$"):
             checkpoint.resume_decision(tmp_path, {}, None, frozenset())
         assert list(tmp_path.glob(f"{checkpoint.TEMPORARY}*"))  # the first one's work is not swept away
         child.kill()

@@ -18,7 +18,7 @@ import datasets
 import fake_captioner
 import numpy as np
 import pytest
-from forked_runs import exit_codes, start
+from forked_runs import exit_codes, script_exit_codes, start_script
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 
@@ -204,8 +204,8 @@ def test_one_and_two_processes_agree(tmp_path) -> None:
     made = []
     for processes in (1, 2):
         folder = make_set(tmp_path / str(processes) / "train", 22)
-        before = partial(fake_captioner.install, seconds=0.01)
-        assert exit_codes(start("VSG", flags(folder), tmp_path / "log", processes, before)) == [0] * processes
+        before = [(partial(fake_captioner.install, seconds=0.01),)]
+        assert script_exit_codes("VSG", flags(folder), tmp_path / "log", processes, before) == [0] * processes
         items = [{name: item[name] for name in item if name != "seconds"} for item in entries(folder)]
         made.append(((folder / "metadata.csv").read_bytes(), items, sorted(path.name for path in folder.glob(".*"))))
     assert made[0] == made[1] and made[0][2] == [".lock"]
@@ -224,8 +224,8 @@ def test_kills_lose_at_most_the_chunk_in_flight(kills: int, processes: int, tmp_
     for whole in (tmp_path / "first" / "train", tmp_path / "whole" / "train"):  # the first one waits for imports
         make_set(whole, 30)
         begun = time.monotonic()
-        before = partial(fake_captioner.install, seconds=0.03)
-        assert exit_codes(start("VSG", flags(whole), tmp_path / "log", processes, before)) == [0] * processes
+        before = [(partial(fake_captioner.install, seconds=0.03),)]
+        assert script_exit_codes("VSG", flags(whole), tmp_path / "log", processes, before) == [0] * processes
         seconds = time.monotonic() - begun
     expected = (whole / "metadata.csv").read_bytes()
     for number in range(kills):
@@ -234,10 +234,10 @@ def test_kills_lose_at_most_the_chunk_in_flight(kills: int, processes: int, tmp_
         make_set(folder, 30)
         as_prepared(folder)
         at_first = (folder / "metadata.csv").read_bytes()
-        before = partial(fake_captioner.install, seconds=0.03, calls=calls)
+        before = [(partial(fake_captioner.install, seconds=0.03, calls=calls),)]
         killed = 0
         while landed < kills and killed < 7:
-            started = start("VSG", flags(folder), tmp_path / "log", processes, before)
+            started = start_script("VSG", flags(folder), tmp_path / "log", processes, before)
             time.sleep(draws.uniform(0, seconds))
             for process in started:
                 process.kill()
@@ -246,7 +246,7 @@ def test_kills_lose_at_most_the_chunk_in_flight(kills: int, processes: int, tmp_
                 break
             killed, landed = killed + 1, landed + 1
             assert (folder / "metadata.csv").read_bytes() in (at_first, expected)
-        assert exit_codes(start("VSG", flags(folder), tmp_path / "log", processes, before)) == [0] * processes
+        assert script_exit_codes("VSG", flags(folder), tmp_path / "log", processes, before) == [0] * processes
         assert (folder / "metadata.csv").read_bytes() == expected
         assert not list(folder.glob(".captions*")) and len(entries(folder)) == 30
         again = {int(name[:2]) // 4 for name, times in taken_up(calls).items() for _ in range(times - 1)}
@@ -516,10 +516,12 @@ def test_a_folder_without_captions_or_with_another_table_is_refused(vsg, tmp_pat
 
 def test_one_vsg_at_a_time_in_a_folder(tmp_path) -> None:
     folder = make_set(tmp_path / "train")
-    [first] = start("VSG", flags(folder), tmp_path / "first", 1, partial(fake_captioner.install, seconds=2))
+    [first] = start_script(
+        "VSG", flags(folder), tmp_path / "first", 1, [(partial(fake_captioner.install, seconds=2),)]
+    )
     while not (folder / "captions.jsonl").exists():
         time.sleep(0.01)
-    assert exit_codes(start("VSG", flags(folder), tmp_path / "second", 1, fake_captioner.install)) == [2]
+    assert script_exit_codes("VSG", flags(folder), tmp_path / "second", 1, [(fake_captioner.install,)]) == [2]
     assert "another process describes images in" in (tmp_path / "second.0").read_text()
     first.kill()
     first.join()
