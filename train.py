@@ -32,6 +32,7 @@ from medart_core.throughput import Throughput
 from models import DiT, DiT_models
 from train_options import PRESETS
 
+ROOT = Path(__file__).resolve().parent
 NOISE = 1  # name of a random stream
 
 
@@ -125,14 +126,13 @@ def main(preset: str | None = None) -> int:
     device, first, say = torch.device(state.device or "cpu"), state.is_main_process, state.print
     dtype, remark = pretrained.pick_dtype(asked_precision(opts), device, fp16=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not opts.no_tf32
-    if opts.global_batch_size % state.num_processes:
-        raise UserError(
-            f"--global-batch-size is {opts.global_batch_size}; give a multiple of the {state.num_processes} processes"
-        )
 
     # The data and the options are checked before there is a folder.
-    results, name, work, held_out = Path(opts.results_dir), opts.model.replace("/", "-"), [0, 0], None
+    results = Path(opts.results_dir) if opts.results_dir else ROOT / "results"
+    name, work, held_out = opts.model.replace("/", "-"), [0, 0], None
     with stopping.first_process_first(device):
+        if rest := opts.global_batch_size % state.num_processes:
+            raise UserError(f"--global-batch-size leaves {rest} images over for {state.num_processes} processes")
         like = {"image_size": opts.image_size, "num_classes": opts.num_classes, "vae": opts.vae}
         source = dit_data.open_source(opts.features_path, opts.data_path, device, num_workers=opts.num_workers, **like)
         model = build(opts, source, device)

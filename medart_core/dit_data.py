@@ -24,7 +24,7 @@ from medart_core.seeds import SharedDraws
 
 MIRROR = 4  # name of the random stream
 ENCODED_AT_ONCE = 8
-DEFAULT_FEATURES = "features"
+DEFAULT_FEATURES = Path(__file__).resolve().parents[1] / "features"
 Batch = tuple[Tensor, Tensor]  # raw values and classes (B,) int64
 
 

@@ -62,7 +62,9 @@ class DiTOptions:
     compile: bool = option(False, "training", "compile the blocks: a minute at the start, for long runs on a GPU")
     global_seed: int = option(0, "training", "of everything that is random")
 
-    results_dir: str = option("results", "output", "where the numbered folders of the runs are")
+    results_dir: str | None = option(
+        None, "output", "where the numbered folders of the runs are (default: results/ of the project)"
+    )
     fresh: bool = option(False, "output", "start anew even if an unfinished run of these options is there")
     ckpt_every: int = option(50_000, "output", "steps between checkpoints")
     keep_ckpts: int | None = option(None, "output", "keep only that many of them")

@@ -61,7 +61,7 @@ class DiTRun:
         network = model
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             devices = [device] if device.type == "cuda" else None
-            network = DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+            network = DistributedDataParallel(model, devices, gradient_as_bucket_view=True)
         rates = learning_rate, warmup_steps, max_grad_norm
         return cls(model, network, ema, optimizer, scaler, folder, args, *rates)
 

@@ -83,7 +83,7 @@ def parse(
         below = {name: value for name, value in content.items() if value is None or value is False}
         below |= vars(parser.parse_args(_command_line(content)))
     preset = given.get(preset_option) or below.get(preset_option) or preset
-    if preset is not None:
+    if preset is not None and presets:
         if preset not in presets:
             raise UserError(f"--{preset_option} {preset} does not exist; choose from {', '.join(presets)}")
         below = {**presets[preset], preset_option: preset, **below}

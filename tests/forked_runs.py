@@ -1,5 +1,6 @@
-"""medart.py in processes of its own without their eight seconds of imports: every run is forked from one server."""
+"""Scripts in processes of their own without their eight seconds of imports: every run is forked from one server."""
 
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -7,22 +8,38 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300.0
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["medart", "bitsandbytes"])
+FORKS.set_forkserver_preload(["medart", "bitsandbytes", "train", "extract_features"])
 
 
 def medart_exit_codes(
     arguments: list[str], log: Path, processes: int = 1, disturbance: tuple[str, int] | None = None, rank: int = -1
 ) -> list[int]:
-    """Run medart.py on the CPU in `processes` processes; rank r writes what it says to `<log>.<r>`.
+    """`script_exit_codes` of medart.py with what happens (see `disturb`) at which micro-batch, counted from 0."""
+    prepare = [(disturb, *disturbance)] if disturbance else []
+    return script_exit_codes("medart", arguments, log, processes, prepare, rank)
 
-    `disturbance`: what happens (see `disturb`) at which micro-batch, counted from 0, of the process `rank` (-1: all).
+
+def script_exit_codes(
+    script: str,
+    arguments: list[str],
+    log: Path,
+    processes: int = 1,
+    prepare: Sequence[tuple[Any, ...]] = (),
+    rank: int = -1,
+) -> list[int]:
+    """Run `script`.main() on the CPU in `processes` processes; rank r writes what it says to `<log>.<r>`.
+
+    `prepare`: functions of the tests with their arguments, called before it in the process `rank` (-1: in all).
     Returns the exit codes by rank, minus the signal's number for a process that a signal killed.
     """
     with socket.socket() as free:
@@ -34,10 +51,10 @@ def medart_exit_codes(
         if processes > 1:
             environment |= {"RANK": str(mine), "LOCAL_RANK": str(mine), "WORLD_SIZE": str(processes)}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
-        own = disturbance if rank in (-1, mine) else None
-        process = FORKS.Process(target=_medart, args=(arguments, environment, f"{log}.{mine}", own))
+        own = [partial(*call) for call in prepare] if rank in (-1, mine) else []
+        process = FORKS.Process(target=_run, args=(script, arguments, environment, f"{log}.{mine}", own))
         with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
-            process.start()  # the first one starts the server, which needs our path to find medart
+            process.start()  # the first one starts the server, which needs our path to find the script
         started.append(process)
     for process in started:
         process.join(TIMEOUT)
@@ -47,8 +64,7 @@ def medart_exit_codes(
     return [process.exitcode for process in started]
 
 
-def _medart(arguments: list[str], environment: dict[str, str], log: str, disturbance: tuple[str, int] | None) -> None:
-    import medart
+def _run(script: str, arguments: list[str], environment: dict[str, str], log: str, prepare: list[Any]) -> None:
     from medart_core.errors import exit_codes
 
     multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
@@ -57,18 +73,17 @@ def _medart(arguments: list[str], environment: dict[str, str], log: str, disturb
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if disturbance:
-        disturb(*disturbance)
-    sys.argv = ["medart.py", *arguments]
+    for call in prepare:
+        call()
+    sys.argv = [f"{script}.py", *arguments]
     with exit_codes():
-        sys.exit(medart.main())
+        sys.exit(importlib.import_module(script).main())
 
 
-def disturb(what: str, micro_batch: int) -> None:
+def disturb(what: str, micro_batch: int, script: str = "medart", loss_name: str = "denoising_loss") -> None:
     """Let something happen once the loss of a micro-batch is computed: inside its accumulation window."""
-    import medart
-
-    real, counted = medart.denoising_loss, itertools.count()
+    module: Any = importlib.import_module(script)
+    real, counted = getattr(module, loss_name), itertools.count()
 
     def disturbed(*arguments, **options):
         loss = real(*arguments, **options)
@@ -79,7 +94,7 @@ def disturb(what: str, micro_batch: int) -> None:
         if what == "inf gradient":
             loss.register_hook(lambda gradient: gradient * float("inf"))
         elif what == "nan colour loss":
-            medart.color_distribution_loss = lambda generated, _: generated.sum() * float("nan")
+            module.color_distribution_loss = lambda generated, _: generated.sum() * float("nan")
         elif what == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         else:
@@ -87,4 +102,4 @@ def disturb(what: str, micro_batch: int) -> None:
                 os.killpg(0, getattr(signal, name))
         return loss
 
-    medart.denoising_loss = disturbed
+    setattr(module, loss_name, disturbed)

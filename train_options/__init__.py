@@ -1,6 +1,7 @@
 """Ways to train DiT whose speed and memory are compared: defaults for train.py's options, by name.
 
-Each is also a script here, which does what `train.py --options NAME` does. All but the last read --data-path.
+Each is also a script here, which does what `train.py --options NAME` does. `features` and `baseline` differ in their
+data alone.
 """
 
 from typing import Any
@@ -10,5 +11,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     "baseline": {"gradient_checkpointing": "full", "mixed_precision": "no"},
     "tf32_disabled": {"gradient_checkpointing": "full", "mixed_precision": "no", "no_tf32": True},
     "amp": {"gradient_checkpointing": "full", "mixed_precision": "auto"},
-    "features": {"gradient_checkpointing": "full", "mixed_precision": "no", "features_path": "features"},
+    "features": {"gradient_checkpointing": "full", "mixed_precision": "no"},
 }
