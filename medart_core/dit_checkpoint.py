@@ -21,7 +21,8 @@ from medart_core.errors import UserError
 URL = "https://dl.fbaipublicfiles.com/DiT/models/"
 FOLDER = Path(__file__).resolve().parents[1] / "pretrained_models"
 HASHES = "sha256.json"
-PUBLISHED, PUBLISHED_SIZES, PUBLISHED_CLASSES = "DiT-XL/2", (256, 512), 1000
+PUBLISHED, PUBLISHED_SIZES = "DiT-XL/2", (256, 512)
+VAE_SCALE_FACTOR = 8  # pixels per latent along a side
 CHUNK = 2**20
 
 
@@ -112,36 +113,53 @@ def read(file: Path) -> Weights:
     return Weights(dict(state), str(file), args)
 
 
-def load(
+def open_model(
     factories: Mapping[str, Callable[..., Any]],
-    weights: Weights,
-    *,
-    name: str,
-    image_size: int,
-    num_classes: int,
-    vae_scale_factor: int = 8,
-) -> Any:
-    """A DiT with these weights, frozen and in evaluation mode, on the CPU.
+    ckpt: Path | None,
+    name: str | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+) -> tuple[Any, Weights]:
+    """A DiT in evaluation mode on the CPU, and its weights: of `ckpt`, else the published ones, fetched if need be.
+
+    What is not given is as the checkpoint says of itself, else as published: DiT-XL/2, 256 pixels, 1000 classes.
 
     Args:
         factories: the models by name, `models.DiT_models`.
-        vae_scale_factor: pixels per latent along a side.
+    """
+    if ckpt is None and name not in (None, PUBLISHED):
+        raise UserError(f"no weights of {name} are published, only {PUBLISHED}'s; give yours as --ckpt")
+    weights = read(ckpt or fetch(image_size or PUBLISHED_SIZES[0]))
+    args = {"model": PUBLISHED, "image_size": PUBLISHED_SIZES[0]} | weights.args
+    model = load(
+        factories, weights, name or args["model"], image_size or args["image_size"], num_classes or weights.num_classes
+    )
+    return model, weights
+
+
+def load(
+    factories: Mapping[str, Callable[..., Any]], weights: Weights, name: str, image_size: int, num_classes: int
+) -> Any:
+    """A DiT with these weights, frozen and in evaluation mode, on the CPU.
 
     Raises:
         UserError: if they belong to another model, another number of classes or another size.
     """
     if name not in factories:
         raise UserError(f"there is no model {name!r}; choose from {', '.join(factories)}")
+    if image_size % VAE_SCALE_FACTOR:
+        raise UserError(f"--image-size {image_size} does not fit the VAE; give a multiple of {VAE_SCALE_FACTOR}")
+    input_size = image_size // VAE_SCALE_FACTOR
     qk_norm = "blocks.0.attn.q_norm.weight" in weights.state
     with torch.device("meta"):
-        model = factories[name](input_size=image_size // vae_scale_factor, num_classes=num_classes, qk_norm=qk_norm)
-    _check(model, weights, name, image_size, num_classes, vae_scale_factor)
+        model = factories[name](input_size=input_size, num_classes=num_classes, qk_norm=qk_norm)
+    _check(model, weights, name, image_size, num_classes)
     # Assigned, not copied: of a file with optimiser and all only the average is ever read.
     model.load_state_dict({key: tensor.float() for key, tensor in weights.state.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
-def _check(model: Any, weights: Weights, name: str, image_size: int, num_classes: int, factor: int) -> None:
+def _check(model: Any, weights: Weights, name: str, image_size: int, num_classes: int) -> None:
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.state.items()}
     different = [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]
@@ -154,7 +172,7 @@ def _check(model: Any, weights: Weights, name: str, image_size: int, num_classes
             f"give --num-classes {found[table][0] - 1}"
         )
     if different == [positions] and positions in found and found[positions][2:] == wanted[positions][2:]:
-        side = round(found[positions][1] ** 0.5) * model.patch_size * factor
+        side = round(found[positions][1] ** 0.5) * model.patch_size * VAE_SCALE_FACTOR
         raise UserError(f"{weights.source} was trained at {side} pixels, not {image_size}; give --image-size {side}")
     key = min(different)
     shapes = [f"has the shape {shapes[key]}" if key in shapes else "is missing" for shapes in (found, wanted)]

@@ -100,6 +100,23 @@ def wait_for_all(device: torch.device) -> None:
             raise SystemExit(2) from error
 
 
+@contextlib.contextmanager
+def together(device: torch.device) -> Iterator[None]:
+    """Let every process do its part of something; where one fails, all end after it, and it has the word."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    failed = torch.ones(1, device=device)
+    try:
+        yield
+        failed.zero_()
+    finally:
+        with contextlib.suppress(RuntimeError):  # its connections are closed: another one was ended from outside
+            torch.distributed.all_reduce(failed)
+    if failed.item():
+        raise SystemExit(2)
+
+
 def leave_process_group(_worker: int) -> None:
     """For `DataLoader(worker_init_fn=)`: a Ctrl-C in the terminal shall not end the workers, which the step at hand
     still needs."""

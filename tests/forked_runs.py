@@ -1,4 +1,4 @@
-"""Scripts in processes of their own without their eight seconds of imports: every run is forked from one server."""
+"""Scripts in processes of their own without eight seconds of imports: every run is forked from one server."""
 
 import importlib
 import itertools
@@ -8,7 +8,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,45 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 300.0
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["medart", "bitsandbytes", "train", "extract_features"])
+FORKS.set_forkserver_preload(["medart", "bitsandbytes", "train", "extract_features", "sample_ddp"])
+
+
+def fork_ranks(target: Callable[..., None], log: Path, of_ranks: Sequence[tuple]) -> list[int]:
+    """Call `target(environment, file, *arguments)` in one process for each tuple of arguments, all at a time.
+
+    `environment` is what torchrun would set, `file` is `<log>.<rank>`. Returns the exit codes by rank, minus the
+    signal's number for a process that a signal killed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started, processes = [], str(len(of_ranks))
+    for rank, arguments in enumerate(of_ranks):
+        environment = {"ACCELERATE_USE_CPU": "true"}
+        if len(of_ranks) > 1:
+            environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": processes}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": processes}
+        process = FORKS.Process(target=target, args=(environment, f"{log}.{rank}", *arguments))
+        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
+            process.start()  # the first one starts the server, which needs our path to find medart
+        started.append(process)
+    for process in started:
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def enter(environment: dict[str, str], file: str, argv: list[str]) -> None:
+    """Make a forked process look like one that a launcher started, which writes what it says to `file`."""
+    multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
+    os.setpgrp()
+    os.environ.update(environment)
+    log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.argv = argv
 
 
 def medart_exit_codes(
@@ -40,42 +78,18 @@ def script_exit_codes(
     """Run `script`.main() on the CPU in `processes` processes; rank r writes what it says to `<log>.<r>`.
 
     `prepare`: functions of the tests with their arguments, called before it in the process `rank` (-1: in all).
-    Returns the exit codes by rank, minus the signal's number for a process that a signal killed.
+    Returns the exit codes, see `fork_ranks`.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started = []
-    for mine in range(processes):
-        environment = {"ACCELERATE_USE_CPU": "true"}
-        if processes > 1:
-            environment |= {"RANK": str(mine), "LOCAL_RANK": str(mine), "WORLD_SIZE": str(processes)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": str(processes)}
-        own = [partial(*call) for call in prepare] if rank in (-1, mine) else []
-        process = FORKS.Process(target=_run, args=(script, arguments, environment, f"{log}.{mine}", own))
-        with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS="1"):
-            process.start()  # the first one starts the server, which needs our path to find the script
-        started.append(process)
-    for process in started:
-        process.join(TIMEOUT)
-        if process.is_alive():
-            process.kill()
-            process.join()
-    return [process.exitcode for process in started]
+    own = [partial(*call) for call in prepare]
+    return fork_ranks(_run, log, [(script, arguments, own if rank in (-1, mine) else []) for mine in range(processes)])
 
 
-def _run(script: str, arguments: list[str], environment: dict[str, str], log: str, prepare: list[Any]) -> None:
+def _run(environment: dict[str, str], file: str, script: str, arguments: list[str], prepare: list[Any]) -> None:
     from medart_core.errors import exit_codes
 
-    multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
-    os.setpgrp()
-    os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
+    enter(environment, file, [f"{script}.py", *arguments])
     for call in prepare:
         call()
-    sys.argv = [f"{script}.py", *arguments]
     with exit_codes():
         sys.exit(importlib.import_module(script).main())
 

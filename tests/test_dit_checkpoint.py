@@ -71,7 +71,7 @@ def test_weights_of_16_bits_and_with_qk_norm(tmp_path):
 )
 def test_what_does_not_fit_is_named(tmp_path, asked, message):
     with pytest.raises(UserError) as raised:
-        dit_checkpoint.load(FACTORIES, dit_checkpoint.read(save(tmp_path, state())), **FITTING | asked)
+        dit_checkpoint.load(FACTORIES, dit_checkpoint.read(save(tmp_path, state())), **(FITTING | asked))
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -94,6 +94,19 @@ def test_files_that_are_no_weights(tmp_path):
         with pytest.raises(UserError) as raised:
             dit_checkpoint.read(tmp_path / name)
         assert name in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_what_is_not_given_is_as_the_checkpoint_says(tmp_path):
+    args = {"model": "DiT-S/2", "image_size": 32, "num_classes": 3}
+    file = save(tmp_path, {"ema": state(), "args": args})
+    model, weights = dit_checkpoint.open_model(FACTORIES, file)
+    assert (model.input_size, model.num_classes, weights.args) == (4, 3, args)
+    with pytest.raises(UserError, match="give --image-size 32"):
+        dit_checkpoint.open_model(FACTORIES, file, image_size=64)
+    with pytest.raises(UserError, match="there is no model 'DiT-XL/2'"):
+        dit_checkpoint.open_model(FACTORIES, save(tmp_path, state()))
+    with pytest.raises(UserError, match="no weights of DiT-B/2 are published, only DiT-XL/2's; give yours as --ckpt"):
+        dit_checkpoint.open_model(FACTORIES, None, "DiT-B/2")
 
 
 @pytest.fixture

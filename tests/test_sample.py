@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ import torch
 from PIL import Image
 
 import sample
-from medart_core import lora, lora_file, pretrained
+from medart_core import dit_checkpoint, full_size, lora, lora_file, pretrained, tuned_model
 from medart_core.errors import UserError
+from models import DiT_models
 
 
 def family(monkeypatch, run, *arguments):
@@ -73,7 +75,7 @@ def test_a_run_of_its_models_own_size_says_which(monkeypatch, tmp_path, argument
 def test_a_damaged_file_of_a_run_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"{name} (cannot be read|is not of medart.py)[^\n]*$"):
-        sample.run_settings(tmp_path)
+        tuned_model.run_settings(tmp_path)
 
 
 def test_settings_of_a_run_from_its_folder_a_checkpoint_and_a_file(monkeypatch, tmp_path):
@@ -85,26 +87,26 @@ def test_settings_of_a_run_from_its_folder_a_checkpoint_and_a_file(monkeypatch, 
     for finished in ({}, {"prompts": ["a chest"], "max_token_length": 60}):
         (tmp_path / "run" / "finished.json").write_text(json.dumps(finished))
         for place in (file.parent, file, checkpoint):
-            assert sample.run_settings(place) == expected | finished
+            assert tuned_model.run_settings(place) == expected | finished
     monkeypatch.chdir(checkpoint)
-    assert sample.run_settings(sample.Path("."))["max_token_length"] == 60
-    assert sample.run_settings(tmp_path) == {}
+    assert tuned_model.run_settings(Path("."))["max_token_length"] == 60
+    assert tuned_model.run_settings(tmp_path) == {}
 
 
 def test_random_weights_are_for_who_asks_and_for_loras_made_on_them(monkeypatch):
-    monkeypatch.setattr(sample.full_size, "build_random", lambda *_: "random")
-    monkeypatch.setattr(sample.pretrained, "load", lambda name, *_: name)
-    monkeypatch.setattr(sample.lora_file, "apply", lambda *_: None)
+    monkeypatch.setattr(full_size, "build_random", lambda *_: "random")
+    monkeypatch.setattr(pretrained, "load", lambda name, *_: name)
+    monkeypatch.setattr(lora_file, "apply", lambda *_: None)
     where = torch.float32, torch.device("cpu")
     for arguments, base, expected in (
         (["--random-weights"], None, "random"),
-        (["--lora", "x"], sample.full_size.NAME, "random"),
+        (["--lora", "x"], full_size.NAME, "random"),
         (["--lora", "x"], "some/model", "some/model"),
     ):
         monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
-        monkeypatch.setattr(sample.lora_file, "read", lambda _: {})
-        monkeypatch.setattr(sample.lora_file, "base_model", lambda _, base=base: base)
-        assert sample.load_model(sample.parse_options(), *where) == expected
+        monkeypatch.setattr(lora_file, "read", lambda _: {})
+        monkeypatch.setattr(lora_file, "base_model", lambda _, base=base: base)
+        assert sample.load_pixart(sample.parse_options(), *where) == expected
 
 
 def call(monkeypatch, *arguments):
@@ -193,7 +195,9 @@ def test_prompts_that_are_not_utf8_are_named(monkeypatch, tmp_path):
         (["--num-images", 0], "at least 1"),
         (["--prompts", "/no/such/file"], "does not exist"),
         (["--lora", "/no/such/lora", "--prompt", "x"], "no LoRA in"),
-        (["--image-size", 512], "not part of this version"),
+        (["--ckpt", "/no/such/file.pt"], "does not exist"),
+        (["--model", "DiT-B/4"], "no weights of DiT-B/4 are published"),
+        (["--model", "DiT-XL/2", "--image-size", "384x640"], "is not square"),
         (["--merge", "x"], "nothing to merge"),
     ],
 )
@@ -206,3 +210,52 @@ def test_user_errors(monkeypatch, tmp_path, arguments, message):
 def test_a_size_that_does_not_fit_is_named(monkeypatch, tmp_path, tiny_pixart):
     with pytest.raises(UserError, match="multiple of 16"):
         call(monkeypatch, "--model", tiny_pixart, "--image-size", 36, "--out", tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def dit(tmp_path_factory):
+    """A checkpoint as train.py writes it, of three named classes at 32 px."""
+    torch.manual_seed(0)
+    model = DiT_models["DiT-S/4"](input_size=4, num_classes=3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.05)
+    args = {"model": "DiT-S/4", "image_size": 32, "num_classes": 3, "class_names": ["normal lungs", "bacterial", "x"]}
+    file = tmp_path_factory.mktemp("dit") / "0000010.pt"
+    torch.save({"model": {}, "ema": model.state_dict(), "opt": {}, "args": args}, file)
+    return file
+
+
+def test_dit(monkeypatch, tmp_path, dit, tiny_pixart):
+    shared = ["--ckpt", dit, "--vae", tiny_pixart, "--num-sampling-steps", 3, "--seed", 1]
+    call(monkeypatch, *shared, "--out", tmp_path / "all")
+    with open(tmp_path / "all" / "samples.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["label"], row["name"], row["seed"]) for row in rows] == [
+        ("0", "normal lungs", "1"), ("1", "bacterial", "1"), ("2", "x", "1"),
+    ]  # fmt: skip
+    assert all(Image.open(tmp_path / "all" / row["file_name"]).size == (32, 32) for row in rows)
+    assert Image.open(tmp_path / "all" / "grid.png").width > 4 * 32
+    named = ["--model", "DiT-S/4", "--image-size", 32, "--num-classes", 3, "--class-labels", "Normal lungs", 1]
+    call(monkeypatch, *shared, *named, "--out", tmp_path / "some")
+    for name in ("000000.png", "000001.png"):
+        assert (tmp_path / "some" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+    call(monkeypatch, *shared, "--class-labels", 1, "--num-images", 2, "--sampler", "dpm++", "--out", tmp_path / "two")
+    assert len([*(tmp_path / "two").glob("0*.png")]) == 2
+    for arguments, message in (
+        (["--class-labels", "cat"], "no class 'cat'; give a number from 0 to 2 or a name: normal lungs, bacterial, x"),
+        (["--num-classes", 1000], "knows 3 classes, not 1000"),
+        (["--image-size", 256], "trained at 32 pixels, not 256"),
+        (["--model", "DiT-S/8"], "is no DiT-S/8"),
+        (["--vae", "/no/such/vae"], "cannot load the VAE"),
+        (["--num-sampling-steps", 1], "choose 2 to 1000"),
+    ):
+        with pytest.raises(UserError, match=message):
+            call(monkeypatch, *shared, *arguments, "--out", tmp_path / "wrong")
+
+
+def test_the_seeds_command_fetches_the_published_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr(sample, "DEFAULT_RUN", tmp_path)
+    monkeypatch.setattr(dit_checkpoint.fetch, "__defaults__", (tmp_path, (tmp_path / "none").as_uri() + "/"))
+    with pytest.raises(UserError, match=r"cannot fetch .*DiT-XL-2-512x512.pt .* put it at .*DiT-XL-2-512x512.pt"):
+        call(monkeypatch, "--image-size", 512, "--seed", 1, "--out", tmp_path / "out")

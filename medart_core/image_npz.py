@@ -1,0 +1,110 @@
+"""An .npz of images as ADM's evaluator reads it (`arr_0`, uint8, NHWC), filled by rows, never held in memory.
+
+An .npz is a zip archive, and an uncompressed one is its array with some bytes before and behind. So the file is laid
+out beforehand, any process writes any rows into it in any order, and at the end there is only a checksum to compute.
+"""
+
+import io
+import os
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from medart_core.checkpoint import TEMPORARY
+
+MEMBER = b"arr_0.npy"
+VERSION = 45  # of the zip format: with sizes of 64 bits
+DATE = 0x21  # 1 January 1980: the same images make the same bytes
+ELSEWHERE = 0xFFFFFFFF  # a size of 32 bits that says: see the one of 64
+CHUNK = 2**20
+
+
+def _local_header(crc: int, size: int) -> bytes:
+    fields = (b"PK\3\4", VERSION, 0, 0, 0, DATE, crc, ELSEWHERE, ELSEWHERE, len(MEMBER), 20)
+    return struct.pack("<4s5H3L2H", *fields) + MEMBER + struct.pack("<HHQQ", 1, 16, size, size)
+
+
+def _directory(crc: int, size: int, offset: int) -> bytes:
+    """What ends the archive: its one entry, and where that entry is, at `offset`."""
+    fields = (b"PK\1\2", VERSION, VERSION, 0, 0, 0, DATE, crc, ELSEWHERE, ELSEWHERE, len(MEMBER), 20, 0, 0, 0, 0, 0)
+    entry = struct.pack("<4s6H3L5H2L", *fields) + MEMBER + struct.pack("<HHQQ", 1, 16, size, size)
+    end = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, VERSION, VERSION, 0, 0, 1, 1, len(entry), offset)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, offset + len(entry), 1)
+    return entry + end + locator + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, len(entry), ELSEWHERE, 0)
+
+
+def _array_header(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+class ImageNpz:
+    """An archive in the making in a folder, with a journal of the rows that are on the disk.
+
+    Args:
+        shape: (N, H, W, 3) of the array to be.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int, int]):
+        self.part, self.journal = folder / f"{TEMPORARY}images.npz", folder / f"{TEMPORARY}rows"
+        self.rows, self.row_bytes = shape[0], shape[1] * shape[2] * shape[3]
+        header = _array_header(shape)
+        self.head = _local_header(0, 0)
+        self.header, self.start = header, len(self.head) + len(header)
+        self.size = len(header) + self.rows * self.row_bytes
+
+    def begin(self) -> None:
+        """Lay out the files, or leave them as an interrupted run did; for one process, before any of them writes."""
+        if self.part.is_file() and self.journal.is_file() and self.journal.stat().st_size == self.rows:
+            return
+        self.journal.unlink(missing_ok=True)  # before the images that it speaks of
+        with open(self.part, "wb") as file:
+            file.write(self.head + self.header)
+            file.truncate(self.start + self.rows * self.row_bytes)  # sparse: takes no space yet
+        self.journal.write_bytes(bytes(self.rows))
+
+    def missing(self) -> list[int]:
+        """The rows that are not there yet, in order."""
+        return np.flatnonzero(np.fromfile(self.journal, np.uint8) == 0).tolist()
+
+    def write(self, row: int, images: Tensor) -> None:
+        """Write (n, H, W, 3) uint8 images as the rows from `row` on; they count when they are on the disk."""
+        with open(self.part, "r+b") as file:
+            file.seek(self.start + row * self.row_bytes)
+            file.write(images.contiguous().numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        with open(self.journal, "r+b") as file:
+            file.seek(row)
+            file.write(b"\1" * len(images))
+
+    def publish(self, target: Path) -> None:
+        """Turn what is there into the archive `target`; for one process, when no row is missing."""
+        crc, left = 0, self.size
+        with open(self.part, "r+b") as file:
+            file.seek(len(self.head))
+            while left:  # what lies behind is of a publishing that was interrupted
+                chunk = file.read(min(CHUNK, left))
+                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
+            file.write(_directory(crc, self.size, file.tell()))
+            file.seek(0)
+            file.write(_local_header(crc, self.size))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.part, target)
+        self.journal.unlink()
+
+
+def rows_of(archive: Path) -> int:
+    """How many images a finished archive holds; 0 if there is none that can be read."""
+    try:
+        with zipfile.ZipFile(archive) as content, content.open(MEMBER.decode()) as array:
+            np.lib.format.read_magic(array)
+            return np.lib.format.read_array_header_1_0(array)[0][0]
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError):
+        return 0

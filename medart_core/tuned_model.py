@@ -1,0 +1,53 @@
+"""PixArt with a saved LoRA on it, and what the run that made the LoRA says of itself."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from medart_core import full_size, lora_file, pretrained
+from medart_core.checkpoint import FINISHED, OPTIONS
+from medart_core.errors import UserError
+
+
+def read_json(file: Path) -> dict:
+    """The object in a small JSON file; empty when there is none."""
+    try:
+        content = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); remove it to sample without what it says") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is not of medart.py; remove it to sample without what it says")
+    return content
+
+
+def run_settings(lora: Path) -> dict:
+    """What the run of a LoRA says of itself: its options, under what it wrote when it was finished.
+
+    `lora` is the run's folder, the file in it or a checkpoint; empty for a LoRA that lies elsewhere.
+    """
+    folder = (lora.parent if lora.is_file() else lora).resolve()
+    for run in (folder, folder.parent):
+        if settings := read_json(run / OPTIONS) | read_json(run / FINISHED):
+            return settings
+    return {}
+
+
+def load(
+    lora: Path | None,
+    name: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    lora_scale: float = 1.0,
+    random_weights: bool = False,
+) -> pretrained.PixArt:
+    """The model `name`, or the one that the LoRA was made for, or the bundled one, with the LoRA on it."""
+    adapters = lora_file.read(lora) if lora else {}
+    name = name or lora_file.base_model(adapters)
+    if random_weights or name == full_size.NAME:
+        model = full_size.build_random(dtype, device)
+    else:
+        model = pretrained.load(name, dtype, device)
+    lora_file.apply(model, adapters, lora_scale)
+    return model
