@@ -19,15 +19,15 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from medart_core import feature_store, labelled_images, latents, pretrained, stopping
+from medart_core.dit_data import DEFAULT_FEATURES
 from medart_core.errors import UserError, exit_codes
 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", type=Path, required=True, metavar="DIR", help="labelled images")
-    parser.add_argument(
-        "--features-path", "--feature-path", type=Path, default=Path("features"), metavar="DIR", help="new folder"
-    )
+    place = {"type": Path, "default": DEFAULT_FEATURES, "metavar": "DIR"}
+    parser.add_argument("--features-path", "--feature-path", **place, help="new folder (default: features)")
     parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="side of the images (256)")
     parser.add_argument(
         "--vae", default="ema", metavar="NAME", help="ema or mse (of the hub), nano (bundled), a folder (default: ema)"

@@ -15,6 +15,7 @@ from medart_core.images import open_image
 from medart_core.metadata import METADATA_FILES, read_metadata
 from medart_core.prepared import IMAGE_SUFFIXES, SIMPLE_CAPTIONS
 
+ROOT = Path(__file__).resolve().parents[1]
 TABLES = (SIMPLE_CAPTIONS, *METADATA_FILES)  # captions may have been overwritten, the simple ones keep their labels
 SPLITS = {"train", "val", "valid", "validation", "test"}
 
@@ -53,6 +54,8 @@ def find(folder: Path) -> LabelledImages:
     Raises:
         UserError: if there is neither, or a row of the table is at fault.
     """
+    if not folder.is_dir() and (ROOT / folder).is_dir():
+        folder = ROOT / folder
     if not folder.is_dir():
         raise UserError(
             f"--data-path {folder} does not exist; give a folder of class folders, or make one: prepare.py"

@@ -62,31 +62,43 @@ def parse(
     description: str | None,
     argv: Sequence[str] | None = None,
     presets: Mapping[str, Mapping[str, typing.Any]] = types.MappingProxyType({}),
+    preset_option: str = "preset",
+    preset: str | None = None,
+    aliases: Mapping[str, str] = types.MappingProxyType({}),
 ):
     """Read the command line, over `--config` and that over `--preset`, into a checked instance of `options_type`.
 
-    `presets` gives the defaults that a value of the option `preset` stands for.
+    `presets` gives the defaults that a value of the option `preset_option` stands for, `preset` is that value when
+    none is given. `aliases` are other names of options.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     help = "options from a .toml or .json file, such as a run's options.json"
     parser.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help)
     add_options(parser, options_type)
-    given = vars(parser.parse_args([_underscores(word) for word in (sys.argv[1:] if argv is None else argv)]))
+    words = [_underscores(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]
+    given = vars(parser.parse_args(words))
     below: dict[str, typing.Any] = {}
     if file := given.pop("config", None):
         content = read_config(file, [item.name for item in dataclasses.fields(options_type)])
         below = {name: value for name, value in content.items() if value is None or value is False}
         below |= vars(parser.parse_args(_command_line(content)))
-    preset = presets.get(given.get("preset") or below.get("preset") or "", {})
-    options = options_type(**{**preset, **below, **given})
+    preset = given.get(preset_option) or below.get(preset_option) or preset
+    if preset is not None and presets:
+        if preset not in presets:
+            raise UserError(f"--{preset_option} {preset} does not exist; choose from {', '.join(presets)}")
+        below = {**presets[preset], preset_option: preset, **below}
+    options = options_type(**{**below, **given})
     options.check()
     return options
 
 
-def _underscores(word: str) -> str:
+def _underscores(word: str, aliases: Mapping[str, str]) -> str:
     """`--random-weights=x-y` -> `--random_weights=x-y`: both spellings of an option's name are understood."""
-    name, equals, value = word.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    return f"--{aliases.get(name, name)}{equals}{value}"
 
 
 def _command_line(content: Mapping[str, typing.Any]) -> list[str]:

@@ -1,8 +1,5 @@
 """What a run writes for people while it goes: log.jsonl, trackers, sample grids, and the model card at its end."""
 
-import json
-import resource
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,31 +8,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from medart_core.entries import Entries, peak_mem_gb
 from medart_core.medart_options import MedArtOptions, image_sides
 from medart_core.pictures import image_grid
 from medart_core.pretrained import PixArt
 from medart_core.sampling import sample_images
-from medart_core.trackers import open_trackers
 
 
-def peak_mem_gb() -> float:
-    """Peak memory of this process so far in GB: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
-
-
-class RunLog:
+class RunLog(Entries):
     """Means of every `logging_steps` steps and each HLDF step, as JSON lines and in the trackers; sample grids."""
 
     def __init__(self, folder: Path, opts: MedArtOptions, prompts: list[str], first_step: int):
         """Entries from `first_step` on are dropped: a resumed run writes them again."""
-        self.folder, self.opts, self.prompts = folder, opts, prompts
-        self.file = folder / "log.jsonl"
-        kept = [line for line in _whole_lines(self.file) if json.loads(line)["step"] < first_step]
-        self.file.write_text("".join(f"{line}\n" for line in kept))
+        super().__init__(folder, opts.report_to, first_step)
+        self.opts, self.prompts = opts, prompts
         self.pending: list[tuple[Mapping[str, Tensor], float]] = []
-        self.trackers = open_trackers(opts.report_to, folder, first_step)
 
     def add(self, step: int, values: Mapping[str, Tensor], seconds: float, lr: float, progress: tqdm) -> None:
         """Take in the 0-dim tensors of one step; they are read, and the device waited for, only when written."""
@@ -50,19 +37,13 @@ class RunLog:
         entry[kind] = seconds if with_hldf else sum(plain) / len(plain)
         entry["peak_mem_gb"] = peak_mem_gb()
         self.pending.clear()
-        self._write(step, entry)
+        self.write(step, entry)
         shown = {name: f"{entry[name]:.4f}" for name in ("loss_noise", "loss_color") if name in entry}
         progress.set_postfix(shown, refresh=False)
 
     def validation(self, finished_steps: int, loss: float) -> None:
         """Take in the loss on held-out images after `finished_steps` steps."""
-        self._write(max(finished_steps - 1, 0), {"loss_validation": loss})
-
-    def _write(self, step: int, entry: Mapping[str, float]) -> None:
-        with open(self.file, "a") as file:
-            file.write(json.dumps({"step": step, **entry}) + "\n")
-        for tracker in self.trackers:
-            tracker.scalars(step, entry)
+        self.write(max(finished_steps - 1, 0), {"loss_validation": loss})
 
     def grid(self, model: PixArt, step: int) -> None:
         """Write samples/step-<step>.png: a row per prompt, from the same noise at every step."""
@@ -81,11 +62,7 @@ class RunLog:
         )
         pictures = [Image.fromarray(image.numpy()) for image in images]
         rows = [pictures[row * count : (row + 1) * count] for row in range(len(self.prompts))]
-        picture = image_grid(rows, row_names=self.prompts, cell=min(pictures[0].width, 256))
-        (self.folder / "samples").mkdir(exist_ok=True)
-        picture.save(self.folder / "samples" / f"step-{step:06d}.png")
-        for tracker in self.trackers:
-            tracker.picture(step, picture)
+        self.picture(step, image_grid(rows, row_names=self.prompts, cell=min(pictures[0].width, 256)))
 
     def model_card(self, base: str, settings: Mapping, step: int) -> None:
         """Write README.md: what was trained on what, with which options, and how to use it."""
@@ -108,14 +85,3 @@ Made with Med-Art's `medart.py`. Not for diagnosis. Check the licence of the dat
 {chr(10).join(lines)}
 """
         (self.folder / "README.md").write_text(card, encoding="utf-8")
-
-    def close(self) -> None:
-        """Have the trackers write what they still hold."""
-        for tracker in self.trackers:
-            tracker.close()
-
-
-def _whole_lines(file: Path) -> list[str]:
-    """The lines of a JSON-lines file that a kill has not cut short."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    return [line for line in lines if line.startswith("{") and line.endswith("}")]

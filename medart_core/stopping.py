@@ -99,6 +99,14 @@ def first_process_begins(processes: int) -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
+def from_first_process(device: torch.device, *values: int) -> list[int]:
+    """The first process's values, on all of them."""
+    told = torch.tensor(values, device=device)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast(told, 0)
+    return told.tolist()
+
+
 def wait_for_all(device: torch.device) -> None:
     """Wait until every process is here; where one has failed, which has said why, the others end with its code."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
