@@ -1,1 +1,1 @@
-"""Is a generated set of images any good: features, distances, colour, utility and privacy, each with its uncertainty."""
+"""Is a generated set any good: features, distances, colour, utility and privacy, each with its uncertainty."""

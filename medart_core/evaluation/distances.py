@@ -91,8 +91,8 @@ def _unbiased_mmd(x: np.ndarray, y: np.ndarray) -> float:
 def precision_recall(generated: np.ndarray, real: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Share of generated vectors inside the real ones' manifold, and the reverse (arXiv:1904.06991).
 
-    The manifold of a set is the union of balls around its vectors that reach to the k-th nearest other one. Two samples
-    of one distribution reach about 0.6, not 1.
+    The manifold of a set is the union of balls around its vectors, each reaching to the k-th nearest other one. Two
+    samples of one distribution reach about 0.6, not 1.
     """
     return _share_inside(generated, real, k), _share_inside(real, generated, k)
 
