@@ -58,21 +58,23 @@ def macro_f1(probabilities: np.ndarray, targets: np.ndarray) -> float:
     return float(scores[counts > 0].mean())
 
 
-def auroc(probabilities: np.ndarray, targets: np.ndarray) -> float:
-    """Mean of the classes' areas under the curve of that class against the rest; NaN if there is but one class.
+def area_under_curve(scores: np.ndarray, is_positive: np.ndarray) -> float:
+    """The chance that a positive has a higher score than a negative, equal ones counting half: in [0, 1].
 
-    The area is the chance that an image of the class gets a higher probability of it than another image does; equal
-    ones count half (the Mann-Whitney statistic, from mean ranks).
+    It is the area under the ROC curve (the Mann-Whitney statistic, from mean ranks); NaN without both kinds.
     """
-    areas = []
-    for number, scores in enumerate(probabilities.T):
-        is_class = targets == number
-        positives, negatives = int(is_class.sum()), int((~is_class).sum())
-        if positives and negatives:
-            _, place, ties = np.unique(scores, return_inverse=True, return_counts=True)
-            ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
-            areas.append((ranks[is_class].sum() - positives * (positives + 1) / 2) / (positives * negatives))
-    return float(np.mean(areas)) if areas else math.nan
+    positives, negatives = int(is_positive.sum()), int((~is_positive).sum())
+    if not positives or not negatives:
+        return math.nan
+    _, place, ties = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
+    return float((ranks[is_positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def auroc(probabilities: np.ndarray, targets: np.ndarray) -> float:
+    """Mean of the classes' areas under the curve of that class against the rest; NaN if there is but one class."""
+    areas = [area_under_curve(scores, targets == number) for number, scores in enumerate(probabilities.T)]
+    return float(np.mean([area for area in areas if not math.isnan(area)] or [math.nan]))
 
 
 METRICS: dict[str, Metric] = {"balanced_accuracy": balanced_accuracy, "macro_f1": macro_f1, "auroc": auroc}
