@@ -35,7 +35,9 @@ def is_authentic(generated: np.ndarray, train: np.ndarray, reach: np.ndarray | N
 
     Authenticity of Alaa et al. (arXiv:2102.08921, section 4.3). For new vectors of the same distribution the answer
     is no for those that are the mutual nearest neighbours of another one: a share that hangs on the distribution, not
-    on the number of vectors, so that sets of different sizes may be compared. `reach` is `nearest_other(train)`, where it is known.
+    on the number of vectors, so that sets of different sizes may be compared.
+
+    `reach` is `nearest_other(train)`, where it is known.
     """
     distance, index = nearest(generated, train)
     return distance > (nearest_other(train) if reach is None else reach)[index]
