@@ -57,14 +57,24 @@ def _row_problem(row: dict[str, Any], folder: Path, caption_column: str, seen: d
     return None
 
 
-def read_metadata(folder: Path, caption_column: str = "text") -> list[tuple[str, str]]:
+def metadata_columns(folder: Path, files: Sequence[str] = METADATA_FILES) -> list[str]:
+    """The columns of the first of `files` that the folder has; none if it has none of them."""
+    file = next((folder / name for name in files if (folder / name).is_file()), None)
+    return _read_rows(file)[0] if file else []
+
+
+def read_metadata(
+    folder: Path, caption_column: str = "text", files: Sequence[str] = METADATA_FILES
+) -> list[tuple[str, str]]:
     """The (file_name, caption) pairs of a folder with metadata.csv or metadata.jsonl, in the file's order.
+
+    `caption_column` may be another column, and `files` other tables, of which the first that is there is read.
 
     Raises:
         UserError: naming the file, the line and the remedy, for a missing column, a missing, doubled or escaping
             file_name, or an empty caption.
     """
-    file = next((folder / name for name in METADATA_FILES if (folder / name).is_file()), None)
+    file = next((folder / name for name in files if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
             f"{folder} has no metadata.csv; make a set with prepare.py, or write one with the columns file_name,text"
