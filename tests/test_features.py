@@ -76,6 +76,8 @@ if sys.argv[3] == "2":
 rows = extract(images.read(Path(sys.argv[1]), show_progress=False), TinyExtractor(), Path(sys.argv[2]), group=4)
 again = extract(images.read(Path(sys.argv[1]), show_progress=False), TinyExtractor(), Path(sys.argv[2]), group=4)
 assert rows.tobytes() == again.tobytes()
+if distributed.is_initialized():
+    distributed.destroy_process_group()
 """
 
 
@@ -89,7 +91,8 @@ def test_two_processes_compute_the_same_bytes_as_one(tmp_path: Path) -> None:
         if processes == "2":
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         command = [*launcher, str(tmp_path / "worker.py"), str(tmp_path / "set"), str(tmp_path / processes), processes]
-        subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
     one, two = ([file.read_bytes() for file in (tmp_path / name).iterdir()] for name in ("1", "2"))
     assert one == two and len(one) == 1
 

@@ -65,9 +65,9 @@ def _compute(images: ImageSet, extractor: Extractor, file: Path, group: int) -> 
         file.parent.mkdir(parents=True, exist_ok=True)
         shape = (len(images), extractor.num_features)
         rows = np.lib.format.open_memmap(beside, "w+", np.float32, shape)
-    starts = range(0, len(images), group * num_processes)
     title = f"{images.source.name}: {extractor.name.split()[0]}"
-    for start in tqdm(starts, title, unit_scale=group * num_processes, disable=rank > 0, mininterval=1):
+    progress = tqdm(desc=title, total=len(images), unit=" images", disable=rank > 0, mininterval=1)
+    for start in range(0, len(images), group * num_processes):
         mine = np.arange(group) + start + rank * group
         found = extractor(images.batch(mine.clip(max=len(images) - 1).tolist())).float().cpu().contiguous()
         parts = [found]
@@ -77,6 +77,8 @@ def _compute(images: ImageSet, extractor: Extractor, file: Path, group: int) -> 
         if rows is not None:
             stop = min(start + group * num_processes, len(images))
             rows[start:stop] = torch.cat(parts)[: stop - start].numpy()
+            progress.update(stop - start)
+    progress.close()
     if rows is not None:
         rows.flush()
         os.replace(beside, file)

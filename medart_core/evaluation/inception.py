@@ -13,6 +13,7 @@ from medart_core.errors import UserError
 
 SIDE, NUM_FEATURES, SPATIAL = 299, 2048, 17 * 17 * 7
 BY_HAND = "run python prepare.py inception, or give a file with --inception"
+NO_CLASSIFIER = "the Inception file has no classifier; give torch-fidelity's with --inception"
 # resize rules: Pillow's antialiased bicubic filter, as clean-fid has it, and TensorFlow 1's bilinear one, which skips
 # pixels when it shrinks and is what the literature's numbers were made with
 RESIZE = {"antialias": "bicubic with antialias to 299", "tf1": "TensorFlow 1 bilinear to 299"}
