@@ -54,6 +54,14 @@ def perceptual_hash(image: Image.Image) -> np.ndarray:
     return np.packbits(waves > np.median(waves)).view(np.uint64)
 
 
+def hash_distances(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Bits, of 256, in which hashes (N, 4) differ from others (M, 4): (N, M) uint16."""
+    distances = np.zeros((len(hashes), len(others)), dtype=np.uint16)
+    for words, other_words in zip(hashes.T, others.T, strict=True):
+        distances += np.bitwise_count(words[:, None] ^ other_words)
+    return distances
+
+
 def cluster(images: Iterable[Image.Image], max_distance: int = MAX_DISTANCE) -> list[int]:
     """A group number per image, counted from 0 as groups appear; images with close hashes are in one group.
 
@@ -63,8 +71,7 @@ def cluster(images: Iterable[Image.Image], max_distance: int = MAX_DISTANCE) -> 
     hashes = np.array([perceptual_hash(image) for image in images], dtype=np.uint64)
     groups = LinkedGroups[int]()
     for start in range(0, len(hashes), BLOCK):
-        words = zip(hashes[start : start + BLOCK].T, hashes[start:].T, strict=True)
-        distances = sum(np.bitwise_count(some[:, None] ^ all_later).astype(np.uint16) for some, all_later in words)
+        distances = hash_distances(hashes[start : start + BLOCK], hashes[start:])
         for one, other in np.argwhere(np.triu(distances <= max_distance, k=1)).tolist():
             groups.link(start + other, start + one)
     number: dict[int, int] = {}

@@ -123,6 +123,11 @@ def nearest(queries: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.nda
     return distance, index
 
 
+def nearest_other(features: np.ndarray) -> np.ndarray:
+    """Euclidean distance (N,) from each of (N, D) vectors to its nearest other one."""
+    return np.sqrt(_radii(features, 1))
+
+
 def _share_inside(points: np.ndarray, manifold: np.ndarray, k: int) -> float:
     radii = _radii(manifold, k)
     return float(np.mean(np.concatenate([(d <= radii).any(axis=1) for _, d in _blocks(points, manifold)])))
