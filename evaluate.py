@@ -2,6 +2,7 @@
 
     python evaluate.py --generated results/sample-001 --real dataset/chest-xray/test --train dataset/chest-xray/train
     python evaluate.py --generated samples.npz --real dataset/chest-xray/test --num-images 200 --out results/mine
+    python evaluate.py fit-extractor --train dataset/chest-xray/train --out results/xray.safetensors
     python evaluate.py adm REF.npz SAMPLE.npz        the figures of ADM's evaluator, by its definitions
     torchrun --nproc_per_node=2 evaluate.py ...      the same numbers, sooner
 
@@ -24,12 +25,14 @@ from torch import distributed
 
 from medart_core import sources
 from medart_core.errors import UserError, exit_codes
-from medart_core.evaluation import adm, colour, figures, images, report, sheets
+from medart_core.evaluation import adm, classifier, figures, images, report, sheets
 from medart_core.evaluation.colour import ColourExtractor
-from medart_core.evaluation.features import extract, rank_and_size
+from medart_core.evaluation.features import extract_all, rank_and_size
+from medart_core.evaluation.figures import PixelExtractor
 from medart_core.evaluation.images import ImageSet
 from medart_core.evaluation.inception import BY_HAND, RESIZE, Inception
-from medart_core.evaluation.measured import Measured, compare_several
+from medart_core.evaluation.measured import needs_spare
+from medart_core.evaluation.reidentification import patients_of
 from medart_core.prepared import RECORD
 
 ROOT = Path(__file__).resolve().parent
@@ -48,11 +51,21 @@ def parse_options() -> argparse.Namespace:
     what.add_argument("--real", type=Path, metavar="DIR", help="held-out real images, such as the split test/")
     what.add_argument("--train", type=Path, metavar="DIR", help="the images that the generator was trained on")
     what.add_argument("--num-images", type=int, metavar="N", help="generated images to take (default: all)")
+    what.add_argument("--extractor", type=Path, metavar="FILE", help="of fit-extractor, for the domain's own distance")
+    parser.add_argument(
+        "--utility-seeds", type=int, default=5, metavar="N", help="fits per kind of data; 0: no utility"
+    )
+    parser.add_argument("--fail-on-copies", action="store_true", help="exit with 4 if images copy training images")
     parser.add_argument("--out", type=Path, metavar="DIR", help="new folder (default: next results/evaluation-NNN)")
     parser.add_argument("--seed", type=int, default=0, help="of random references and halves (default: 0)")
     parser.add_argument("--resamples", type=int, default=50, metavar="N", help="halves for an interval (default: 50)")
     parser.add_argument("--resize", choices=RESIZE, default="antialias", help="for FID's network (tf1: as ADM has it)")
-    commands = parser.add_subparsers(dest="command", metavar="adm")
+    commands = parser.add_subparsers(dest="command", metavar="fit-extractor | adm")
+    fit = commands.add_parser("fit-extractor", help="fit the classifier of the domain's Frechet distance")
+    fit.add_argument("--train", type=Path, required=True, metavar="DIR", help="real training images with classes")
+    fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors to write")
+    fit.add_argument("--epochs", type=int, default=30, metavar="N", help="at most (default: 30)")
+    fit.add_argument("--seed", type=int, default=0)
     pair = commands.add_parser("adm", parents=[shared], help="IS, FID, sFID, precision and recall of two .npz files")
     pair.add_argument("reference", type=Path, metavar="REF.npz")
     pair.add_argument("samples", type=Path, metavar="SAMPLE.npz")
@@ -91,34 +104,21 @@ def read_sets(options: argparse.Namespace) -> dict[str, ImageSet]:
     return {side: found if side == "generated" else replace(found, size=size) for side, found in sets.items()}
 
 
+def device() -> torch.device:
+    """This process's GPU, else the CPU."""
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
 def find_inception(options: argparse.Namespace, **settings: Any) -> Inception | None:
     """FID's network; None if it is not there and was not asked for by name."""
     file = options.inception or sources.INCEPTION_FILE
     if not options.inception and not file.is_file():
         return None
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    return Inception(file, device=torch.device("cuda", local_rank) if torch.cuda.is_available() else None, **settings)
-
-
-def general_figures(
-    network: Inception, rows: Mapping[str, np.ndarray], sets: Mapping[str, ImageSet], settings: dict[str, Any]
-) -> dict[str, Measured]:
-    """FID, KID, precision, recall, density, coverage and Inception score; FID and KID per class."""
-    settings = settings | {"extractor": network.name, "sha256": network.sha256}
-    pair = (rows["generated"], rows["real"])
-    spare, note = rows.get("train"), figures.class_mix(sets)
-    found = compare_several(figures.GENERAL, figures.of_general_features, *pair, spare=spare, note=note, **settings)
-    found |= figures.score(network, {side: rows[side] for side in ("generated", "real")}, **settings)
-    return found | figures.per_class(figures.PER_CLASS, figures.of_class_features, rows, sets, **settings)
-
-
-def colour_figures(
-    extractor: ColourExtractor, rows: Mapping[str, np.ndarray], settings: dict[str, Any]
-) -> dict[str, Measured]:
-    """The figures that HLDF is for; they need no network."""
-    settings = settings | {"extractor": extractor.name, "sha256": extractor.sha256}
-    pair = (rows["generated"], rows["real"])
-    return compare_several(list(colour.FIGURES), figures.of_colours, *pair, spare=rows.get("train"), **settings)
+    return Inception(file, device=device(), **settings)
 
 
 def run_facts(options: argparse.Namespace, sets: Mapping[str, ImageSet]) -> dict[str, Any]:
@@ -128,14 +128,6 @@ def run_facts(options: argparse.Namespace, sets: Mapping[str, ImageSet]) -> dict
         facts |= {f"{side}_images": len(found), f"{side}_sha256": found.sha256}
     facts |= {"size": list(images.one_size(sets["generated"])), "resamples": options.resamples, "seed": options.seed}
     return facts | {"torch": torch.__version__, "numpy": np.__version__}
-
-
-def write_sheets(out: Path, sets: Mapping[str, ImageSet], colours: Mapping[str, np.ndarray]) -> list[str]:
-    """The pictures of the report."""
-    sheets.class_grid(sets["generated"], sets["real"]).save(out / "grid.png")
-    histograms = [colour.histograms(colours[side]) for side in ("generated", "real")]
-    sheets.colour_histograms(*histograms).save(out / "colours.png")
-    return ["grid.png", "colours.png"]
 
 
 def choose_folder(out: Path | None) -> Path:
@@ -163,37 +155,72 @@ def compare_as_adm(options: argparse.Namespace) -> None:
         print(json.dumps({name: asdict(figure) for name, figure in found.items()}))
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    """Extract features on all processes; measure and report on the first."""
+def fit_extractor(options: argparse.Namespace) -> None:
+    """Fit the classifier whose features the domain's Frechet distance is taken of."""
+    train = images.read(options.train)
+    if not train.labels:
+        raise UserError(f"{options.train} has no classes; name them in metadata.csv or by folders")
+    if options.out.exists():
+        raise UserError(f"{options.out} is there already; choose another --out, or remove it")
+    fitted = classifier.fit(
+        train.batches(),
+        train.labels,
+        classes=train.classes,
+        seed=options.seed,
+        epochs=options.epochs,
+        device=device(),
+        groups=patients_of(train.names),
+        show_progress=True,
+    )
+    fitted.save(options.out)
+    facts = fitted.facts
+    print(f"{options.out}: right on {facts['held_out_accuracy']:.1%} of {facts['held_out_images']} held-out images")
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Extract features on all processes; measure and report on the first. Returns the exit code."""
     out = choose_folder(options.out)
     sets = read_sets(options)
     network, colours = find_inception(options, rule=options.resize), ColourExtractor()
-    rows = {side: extract(found, colours, options.cache) for side, found in sets.items()}
-    inception_rows = {side: extract(found, network, options.cache) for side, found in sets.items()} if network else {}
+    judge = classifier.Classifier.load(options.extractor, device()) if options.extractor else None
+    held_out = {side: sets[side] for side in ("generated", "real")}
+    few = needs_spare(len(sets["generated"]), len(sets["real"]))  # then training images serve for the floor
+    quality_rows = extract_all(sets if few else held_out, network, options.cache)
+    domain_rows = extract_all(held_out, judge, options.cache)
+    colour_rows = extract_all(sets, colours, options.cache)
+    pixel_rows = extract_all(sets if "train" in sets else {}, PixelExtractor(), options.cache)
     if rank_and_size()[0] > 0:
-        return
+        return 0
 
-    settings = {"resamples": options.resamples, "seed": options.seed}
     print("measuring", flush=True)
-    found = {}
-    if network:
-        found |= general_figures(network, inception_rows, sets, settings)
-    else:
-        found |= dict.fromkeys((*figures.GENERAL, "inception_score"), Measured(None, note=f"no Inception; {BY_HAND}"))
-    found |= colour_figures(colours, rows, settings)
+    settings = {"resamples": options.resamples, "seed": options.seed}
+    found = figures.quality(network, quality_rows, sets, **settings)
+    found |= figures.domain(judge, domain_rows, **settings)
+    found |= figures.colours(colours, colour_rows, **settings)
+    privacy, pairs, copies = figures.copying(pixel_rows, sets)
+    found |= privacy
+    known = figures.examples(sets)
+    found |= figures.agreement(judge, known)
+    found |= figures.recognised(known, options.seed, device=device(), show_progress=True)
+    found |= figures.usefulness(known, options.utility_seeds, device=device(), show_progress=True)
 
     out.mkdir(parents=True, exist_ok=True)
-    file = report.write(out, found, run_facts(options, sets), write_sheets(out, sets, rows))
+    pictures = sheets.write(out, sets, colour_rows, pairs)
+    file = report.write(out, found, run_facts(options, sets), pictures)
     print(*report.table(found), sep="\n")
     print(f"{file} with report.json and pictures beside it")
+    if copies and options.fail_on_copies:
+        print(f"{len(copies)} of {len(sets['generated'])} images copy training images, see {out}", file=sys.stderr)
+        return 4
+    return 0
 
 
-def main() -> None:
+def main() -> int:
     options = parse_options()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         distributed.init_process_group("gloo")
     try:
-        {None: evaluate, "adm": compare_as_adm}[options.command](options)
+        return {None: evaluate, "adm": compare_as_adm, "fit-extractor": fit_extractor}[options.command](options) or 0
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -1,8 +1,11 @@
 """evaluate.py as a user runs it: the report, what is refused, what worsens a figure, and ADM's two files."""
 
+import csv
 import io
 import json
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,10 +19,11 @@ from torch import Tensor
 import evaluate
 from medart_core import sources
 from medart_core.errors import UserError
-from medart_core.evaluation import adm, images
+from medart_core.evaluation import adm, figures, images
 from medart_core.evaluation.distances import frechet_distance, kernel_distance
 from medart_core.evaluation.features import extract
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("benign", "malignant")
 
 
@@ -57,13 +61,13 @@ def sets(tmp_path_factory) -> dict[str, Path]:
     return {side: write_set(folder / side, count, seed) for seed, (side, count) in enumerate(counts.items())}
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    evaluate.main()
+    return evaluate.main()
 
 
 def between(sets: dict[str, Path], tmp_path: Path, *more: object) -> list[object]:
-    fixed = ["--out", tmp_path / "out", "--cache", tmp_path / "cache", "--resamples", 10]
+    fixed = ["--out", tmp_path / "out", "--cache", tmp_path / "cache", "--resamples", 10, "--utility-seeds", 0]
     return ["--generated", sets["generated"], "--real", sets["real"], *fixed, *more]
 
 
@@ -92,7 +96,13 @@ def test_whole_run_offline(sets, tmp_path: Path, monkeypatch, no_network, capsys
         assert (report[name]["n_generated"], report[name]["n_real"]) == (20, 20)
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| FID |" in text and "| KID, malignant |" in text and "Not for diagnosis" in text
-    for name in ("grid.png", "colours.png"):
+    assert (
+        report["authpct_gap"]["low"] <= 0 <= report["authpct_gap"]["high"] and report["duplicate_share"]["value"] == 0
+    )
+    assert report["utility_ratio"]["note"] == "left out by --utility-seeds 0"
+    assert "fit-extractor" in report["domain_frechet"]["note"] and "fit-extractor" in report["class_agreement"]["note"]
+    assert len((tmp_path / "out" / "closest.csv").read_text().splitlines()) == 25
+    for name in ("grid.png", "colours.png", "closest.png"):
         assert f"]({name})" in text and min(Image.open(tmp_path / "out" / name).size) > 100
     assert "report.md" in capsys.readouterr().out
     first = (tmp_path / "out" / "report.json").read_bytes()
@@ -103,15 +113,80 @@ def test_whole_run_offline(sets, tmp_path: Path, monkeypatch, no_network, capsys
     assert (tmp_path / "out" / "report.json").read_bytes() == first
 
 
+WORKER = """
+import sys
+sys.path.insert(0, "tests")
+import evaluate
+from test_evaluate import TinyInception
+evaluate.find_inception = lambda options, **_: TinyInception()
+sys.exit(evaluate.main())
+"""
+
+
+def test_two_processes_report_what_one_does(sets, tmp_path: Path) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env |= {"OMP_NUM_THREADS": "1"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for name, launcher in (("one", []), ("two", torchrun)):
+        arguments = map(str, between(sets, tmp_path / name, "--train", sets["train"]))
+        command = [sys.executable, *launcher, str(tmp_path / "worker.py"), *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("report.md with report.json") == 1
+    for kind in ("out/report.json", "cache/*.npy"):
+        one, two = ([file.read_bytes() for file in sorted((tmp_path / name).glob(kind))] for name in ("one", "two"))
+        assert one == two and one
+
+
 def test_without_the_inception_the_rest_is_measured(sets, tmp_path: Path, monkeypatch, no_network) -> None:
     monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "none.pt")
     run(monkeypatch, *between(sets, tmp_path))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["fid"]["value"] is None and "python prepare.py inception" in report["fid"]["note"]
     assert report["chroma_error"]["value"] is not None
-    assert "- FID: no Inception; run python prepare.py inception" in (tmp_path / "out" / "report.md").read_text()
+    assert (
+        "- FID: there is no Inception; run python prepare.py inception" in (tmp_path / "out" / "report.md").read_text()
+    )
     with pytest.raises(UserError, match=r"absent\.pt does not exist"):
         run(monkeypatch, *between(sets, tmp_path / "again", "--inception", "absent.pt"))
+
+
+def test_planted_copies_are_listed_first_and_can_fail_the_run(sets, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "none.pt")
+    generated = write_set(tmp_path / "generated", 30, 7)
+    for number in range(6):
+        file = next((sets["train"] / CLASSES[number % 2]).glob(f"{number:03d}.png"))
+        Image.open(file).save(generated / CLASSES[number % 2] / f"{number:03d}.jpg", quality=90)
+    arguments = between(sets | {"generated": generated}, tmp_path, "--train", sets["train"], "--fail-on-copies")
+    assert run(monkeypatch, *arguments) == 4
+    assert "6 of 36 images copy training images" in capsys.readouterr().err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["duplicate_share"]["value"] == pytest.approx(6 / 36) and report["duplicate_share"]["floor"] == 0
+    with open(tmp_path / "out" / "closest.csv", newline="") as file:
+        pairs = [(Path(row["generated"]).stem, Path(row["train"]).stem) for row in csv.DictReader(file)]
+    assert sorted(pairs[:6]) == [(f"{number:03d}", f"{number:03d}") for number in range(6)]
+    assert run(monkeypatch, *between(sets, tmp_path / "none", "--train", sets["train"], "--fail-on-copies")) == 0
+
+
+def test_extractor_of_the_domain_and_usefulness(sets, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "none.pt")
+    fit = ["fit-extractor", "--train", sets["train"], "--out", tmp_path / "lesions.safetensors", "--epochs", 2]
+    assert run(monkeypatch, *fit) == 0 and "held-out images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already"):
+        run(monkeypatch, *fit)
+    run(monkeypatch, *between(sets, tmp_path, "--extractor", tmp_path / "lesions.safetensors"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    facts = json.loads((tmp_path / "lesions.json").read_text())
+    for name in ("domain_frechet", "domain_density", "domain_coverage", "class_agreement"):
+        assert report[name]["value"] is not None and report[name]["sha256"] == facts["sha256"], name
+    assert (
+        "give --train" in report["authpct"]["note"]
+        and "give --train" in figures.usefulness({}, 1)["utility_ratio"].note
+    )
+    known = figures.examples({side: images.read(path, show_progress=False) for side, path in sets.items()})
+    found = figures.usefulness(known, 1, steps=2)
+    assert found["utility_ratio"].value is not None and "utility_synthetic_recall_benign" in found
 
 
 def test_refusals(sets, tmp_path: Path, monkeypatch) -> None:

@@ -1,8 +1,5 @@
 """Features of image sets: cached by content, the same on any number of processes; the Inception and its refusals."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +13,6 @@ from medart_core import sources
 from medart_core.errors import UserError
 from medart_core.evaluation import colour, images, inception
 from medart_core.evaluation.features import extract
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 class TinyExtractor:
@@ -61,40 +56,6 @@ def test_features_are_cached_by_content(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-9])  # a file that was cut short is computed again
     np.testing.assert_array_equal(extract(found, tiny, tmp_path / "cache", group=4), rows)
     assert not list((tmp_path / "cache").glob(".*"))
-
-
-WORKER = """
-import sys
-from pathlib import Path
-from torch import distributed
-sys.path.insert(0, "tests")
-from test_features import TinyExtractor
-from medart_core.evaluation import images
-from medart_core.evaluation.features import extract
-if sys.argv[3] == "2":
-    distributed.init_process_group("gloo")
-rows = extract(images.read(Path(sys.argv[1]), show_progress=False), TinyExtractor(), Path(sys.argv[2]), group=4)
-again = extract(images.read(Path(sys.argv[1]), show_progress=False), TinyExtractor(), Path(sys.argv[2]), group=4)
-assert rows.tobytes() == again.tobytes()
-if distributed.is_initialized():
-    distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_compute_the_same_bytes_as_one(tmp_path: Path) -> None:
-    noise_set(tmp_path / "set", 14)
-    (tmp_path / "worker.py").write_text(WORKER)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    env |= {"OMP_NUM_THREADS": "1"}
-    for processes in ("1", "2"):
-        launcher = [sys.executable]
-        if processes == "2":
-            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        command = [*launcher, str(tmp_path / "worker.py"), str(tmp_path / "set"), str(tmp_path / processes), processes]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-    one, two = ([file.read_bytes() for file in (tmp_path / name).iterdir()] for name in ("1", "2"))
-    assert one == two and len(one) == 1
 
 
 def test_colour_figures_have_their_closed_forms() -> None:

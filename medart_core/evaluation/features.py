@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +49,11 @@ def extract(images: ImageSet, extractor: Extractor, cache: Path, *, group: int =
     if not known:
         _compute(images, extractor, file, group)
     return np.load(file, mmap_mode="r", allow_pickle=False) if rank == 0 else np.empty((0, shape[1]), np.float32)
+
+
+def extract_all(sets: Mapping[str, ImageSet], extractor: Extractor | None, cache: Path) -> dict[str, np.ndarray]:
+    """Features of several sets by name; none without an extractor."""
+    return {name: extract(images, extractor, cache) for name, images in sets.items()} if extractor else {}
 
 
 def _is_whole(file: Path, shape: tuple[int, int]) -> bool:

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,6 +56,11 @@ class ImageSet:
     def batch(self, rows: Sequence[int]) -> Tensor:
         """uint8 (B, 3, H, W) of the images in these rows."""
         return torch.from_numpy(np.stack([np.asarray(self.image(row)) for row in rows])).permute(0, 3, 1, 2)
+
+    def batches(self, size: int = 32) -> Iterator[Tensor]:
+        """All images in their order, uint8 (size or fewer, 3, H, W) at a time."""
+        for start in range(0, len(self), size):
+            yield self.batch(range(start, min(start + size, len(self))))
 
     @property
     def sha256(self) -> str:

@@ -1,6 +1,7 @@
 """A figure with what makes it believable: an interval, the floor that real images reach, and what it was made with."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,7 @@ def compare_several(
     resamples: int = 50,
     seed: int = 0,
     note: str = "",
+    limits: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, Measured]:
     """Named statistics of generated against real features, (N, D) and (M, D), with equal numbers on both sides.
 
@@ -58,7 +60,8 @@ def compare_several(
     does (the delete-half jackknife; J. Shao and C. F. J. Wu, Annals of Statistics 17, 1989), and unlike a bootstrap's
     they hold no copies, which all figures here would take for close neighbours. Halves are biased, so their spread is
     put around the value. The floor has n other real vectors in place of the generated ones: the rest of `real` if it
-    is large enough, else vectors of `spare`, else it compares halves of `real`, which the note then says.
+    is large enough, else vectors of `spare`, else it compares halves of `real`, which the note then says. Intervals
+    are cut at a statistic's `limits`.
     """
     random = np.random.default_rng(seed)
 
@@ -71,7 +74,7 @@ def compare_several(
         few = Measured(None, None, None, len(generated), len(real), None, extractor, sha256, why)
         return dict.fromkeys(names, few)
     values, floors = [], []
-    use_spare = spare is not None and len(real) < 2 * n and len(spare) >= n
+    use_spare = spare is not None and needs_spare(len(generated), len(real)) and len(spare) >= n
     floor_n = n if use_spare else min(n, len(real) // 2)
     for _ in range(REFERENCES):
         shuffled = some(real, len(real))
@@ -86,5 +89,12 @@ def compare_several(
     for column, name in enumerate(names):
         value, floor = (float(np.mean(rows, axis=0)[column]) for rows in (values, floors))
         margin = MARGIN * float(np.std(halves, axis=0, ddof=1)[column])
-        found[name] = Measured(value, value - margin, value + margin, n, n, floor, extractor, sha256, note)
+        lowest, highest = (limits or {}).get(name, (-math.inf, math.inf))
+        low, high = max(lowest, value - margin), min(highest, value + margin)
+        found[name] = Measured(value, low, high, n, n, floor, extractor, sha256, note)
     return found
+
+
+def needs_spare(num_generated: int, num_real: int) -> bool:
+    """Whether the real images are too few for a floor at the same number."""
+    return num_real < 2 * min(num_generated, num_real)

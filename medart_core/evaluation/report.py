@@ -25,6 +25,37 @@ TITLES = {
     "colour_statistics_distance": ("colour distance", "lower", "of average channel means and deviations, [-1, 1]"),
     "chroma_error": ("chroma error", "lower", "difference of the average colourfulness, [-1, 1]"),
     "colour_histogram_distance": ("colour histogram distance", "lower", "earth mover's, mean of channels, [-1, 1]"),
+    "class_agreement": ("agreement with the prompt", "higher", "share that a classifier of real images sees as asked"),
+    "class_agreement_ratio": ("agreement over accuracy", "higher", "over that classifier's accuracy on real images"),
+    "utility_ratio": (
+        "utility",
+        "higher",
+        "balanced accuracy of a classifier trained on generated over on real images",
+    ),
+    "utility_real": ("trained on real images", "", "that classifier's figures on held-out real images"),
+    "utility_synthetic": ("trained on generated images", "higher", "figures on the same held-out real images"),
+    "utility_both": ("trained on both", "higher", "figures on the same held-out real images"),
+    "authpct": ("authentic images, %", "as floor", "farther from the training images than those are from each other"),
+    "authpct_gap": (
+        "authenticity gap, points",
+        "near 0",
+        "the same minus that against held-out images; below 0: copies",
+    ),
+    "nearest_distance": (
+        "distance to training images",
+        "as floor",
+        "median to the nearest one, root mean square in [0, 1]",
+    ),
+    "near_share": ("near training images", "as floor", "share nearer than all but 1 % of held-out images"),
+    "reid_matches": (
+        "matches with training patients",
+        "as floor",
+        "share that a network takes for a training patient",
+    ),
+    "reid_sensitivity": ("known patients recognised", "", "by that network, of patients it has never seen"),
+    "reid_accuracy": ("patients told apart", "", "that network's accuracy on pairs of held-out images; chance is 0.5"),
+    "reid_auroc": ("patients told apart, AUROC", "", "the same without a threshold"),
+    "duplicate_share": ("duplicates of training images", "as floor", "share by a perceptual hash"),
     "colour_diversity": ("colour diversity", "near 1", "variance of the images' mean colours over that of real ones"),
 }
 

@@ -1,16 +1,39 @@
 """Pictures for the people who read a report: real beside generated, colours, and the closest pairs."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from medart_core.evaluation.colour import BINS
+from medart_core.evaluation.colour import BINS, histograms
 from medart_core.evaluation.images import ImageSet
+from medart_core.evaluation.privacy import Pair
 from medart_core.pictures import GREY, image_grid
 
 PANEL, EDGE = (340, 180), 24  # pixels of a histogram, and around it
 CHANNELS = {"red": (200, 40, 40), "green": (30, 140, 50), "blue": (40, 70, 200)}
+
+
+def write(
+    folder: Path, sets: Mapping[str, ImageSet], colours: Mapping[str, np.ndarray], pairs: Sequence[Pair]
+) -> list[str]:
+    """Write grid.png, colours.png and, where there are pairs, closest.png with a table; returns the pictures' names.
+
+    `colours` are rows of `ColourExtractor` of the sets `generated` and `real`; pairs are of `generated` and `train`.
+    """
+    class_grid(sets["generated"], sets["real"]).save(folder / "grid.png")
+    colour_histograms(*(histograms(colours[side]) for side in ("generated", "real"))).save(folder / "colours.png")
+    if not pairs:
+        return ["grid.png", "colours.png"]
+    generated, train = sets["generated"], sets["train"]
+    closest_pairs(generated, train, pairs).save(folder / "closest.png")
+    with open(folder / "closest.csv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["generated", "train", "distance"])
+        table.writerows([generated.names[ours], train.names[theirs], distance] for ours, theirs, distance in pairs)
+    return ["grid.png", "colours.png", "closest.png"]
 
 
 def class_grid(generated: ImageSet, real: ImageSet, columns: int = 8) -> Image.Image:
@@ -46,10 +69,8 @@ def colour_histograms(generated: np.ndarray, real: np.ndarray) -> Image.Image:
     return sheet
 
 
-def closest_pairs(
-    generated: ImageSet, train: ImageSet, pairs: Sequence[tuple[int, int, float]], columns: int = 8
-) -> Image.Image:
-    """Generated images above the training images nearest to them; `pairs` are (row, training row, distance)."""
+def closest_pairs(generated: ImageSet, train: ImageSet, pairs: Sequence[Pair], columns: int = 8) -> Image.Image:
+    """Generated images above the training images nearest to them."""
     rows, names = [], []
     for start in range(0, len(pairs), columns):
         part = pairs[start : start + columns]
