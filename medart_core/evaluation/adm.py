@@ -16,7 +16,7 @@ from torch import Tensor
 from medart_core.errors import UserError
 from medart_core.evaluation import images, npz
 from medart_core.evaluation.distances import frechet_from_moments, inception_score, moments, precision_recall
-from medart_core.evaluation.features import Extractor, extract
+from medart_core.evaluation.features import Extractor, extract, rank_and_size
 from medart_core.evaluation.inception import NO_CLASSIFIER, NUM_FEATURES
 from medart_core.evaluation.measured import Measured
 
@@ -49,7 +49,7 @@ def read_side(path: Path, extractor: AdmExtractor, cache: Path) -> Side:
     names = npz.keys(path)
     features = None
     if "arr_0" in names:
-        features = extract(images.read(path), extractor, cache)
+        features = extract(images.read(path, show_progress=rank_and_size()[0] == 0), extractor, cache)
     if "mu" in names:
         if missing := [name for name in MOMENTS if name not in names]:
             raise UserError(f"{path} has mu but no {missing[0]}; give a file with {', '.join(MOMENTS)}")

@@ -207,7 +207,7 @@ class Inception:
         """uint8 (B, 3, H, W) -> float32 (B, 2048) or (B, 2048 + 2023)."""
         x = (resize(images.to(self.device), self.rule) - 128) / 128
         tap = None
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for name, layer in self.network.named_children():
                 if name == "mixed_6" and self.spatial:
                     tap = layer.get_submodule("conv")(x)[:, :7].permute(0, 2, 3, 1).flatten(1)

@@ -124,7 +124,7 @@ def _title(name: str) -> tuple[str, str, str]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+    return "" if value is None else "0" if abs(value) < 1e-12 else f"{value:.4g}"
 
 
 def _plain(value: Any) -> Any:
