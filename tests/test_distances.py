@@ -43,7 +43,8 @@ def test_frechet_distance_of_two_gaussians_has_its_closed_form() -> None:
 def test_frechet_distance_agrees_with_the_roots_of_the_eigenvalues(n: int, m: int) -> None:
     x, y = normal(n, 40, 0), normal(m, 40, 1, 0.3, 1.5)
     (mean, cov), (other_mean, other_cov) = moments(x), moments(y)
-    roots = np.sqrt(np.linalg.eigvals(cov @ other_cov).astype(complex)).real.sum()  # as torch-fidelity has it
+    eigenvalues = np.linalg.eigvals(cov @ other_cov).astype(complex)  # as torch-fidelity has it
+    roots = np.real(np.sqrt(eigenvalues)).sum()
     expected = np.square(mean - other_mean).sum() + np.trace(cov) + np.trace(other_cov) - 2 * roots
     assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-5)
     assert frechet_distance(x, y) == pytest.approx(frechet_from_moments(mean, cov, other_mean, other_cov), rel=1e-6)
@@ -67,7 +68,7 @@ def test_kernel_distance_is_the_mean_over_pairs_and_unbiased() -> None:
     x, y = normal(7, 4, 0), normal(5, 4, 1, 0.5)
 
     def k(a: np.ndarray, b: np.ndarray) -> float:
-        return (a @ b / 4 + 1) ** 3
+        return float(a @ b / 4 + 1) ** 3
 
     within = [np.mean([k(a, b) for i, a in enumerate(s) for j, b in enumerate(s) if i != j]) for s in (x, y)]
     expected = sum(within) - 2 * np.mean([k(a, b) for a in x for b in y])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-BLOCK = 1024  # rows of a distance matrix that are in memory at a time
+BLOCK = 512  # vectors that are in memory in float64 at a time, and rows of a distance matrix
 ROUNDING = 1e-12  # of |x|^2 + |y|^2: a squared distance below is 0, or copies would lie outside of each other's balls
 
 
@@ -17,10 +17,12 @@ ROUNDING = 1e-12  # of |x|^2 + |y|^2: a squared distance below is 0, or copies w
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (D,) and unbiased covariance (D, D) of feature vectors (N, D), N at least 2."""
-    features = np.asarray(features, dtype=np.float64)
-    mean = features.mean(axis=0)
-    centred = features - mean
-    return mean, centred.T @ centred / (len(features) - 1)
+    mean = np.asarray(np.mean(features, axis=0, dtype=np.float64))
+    products = np.zeros((features.shape[1], features.shape[1]))
+    for start in range(0, len(features), BLOCK):
+        centred = features[start : start + BLOCK] - mean
+        products += centred.T @ centred
+    return mean, products / (len(features) - 1)
 
 
 def frechet_distance(generated: np.ndarray, real: np.ndarray) -> float:
@@ -140,14 +142,17 @@ def _radii(features: np.ndarray, k: int) -> np.ndarray:
 
 def _blocks(x: np.ndarray, y: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     """Squared distances from rows of x to all of y, with those rows."""
-    y = np.asarray(y, dtype=np.float64)
-    y_squares = np.square(y).sum(axis=1)
     for start in range(0, len(x), BLOCK):
         rows = slice(start, min(start + BLOCK, len(x)))
         block = np.asarray(x[rows], dtype=np.float64)
-        squares = np.square(block).sum(axis=1)[:, None] + y_squares
-        distances = squares - 2 * (block @ y.T)
-        distances[distances < ROUNDING * squares] = 0
+        distances = np.empty((len(block), len(y)))
+        for column in range(0, len(y), BLOCK):
+            columns = slice(column, column + BLOCK)
+            others = np.asarray(y[columns], dtype=np.float64)
+            squares = np.square(block).sum(axis=1)[:, None] + np.square(others).sum(axis=1)
+            part = squares - 2 * (block @ others.T)
+            part[part < ROUNDING * squares] = 0
+            distances[:, columns] = part
         yield rows, distances
 
 
