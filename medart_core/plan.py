@@ -189,9 +189,7 @@ def predict(
     adapters on T5 its embeddings are cached and it goes before training: `peak` is then the larger of the two times.
     """
     size, pixels = dtype.itemsize, pixels or shapes.image_size**2
-    adapters = rank * shapes.transformer_lora_per_rank
-    if text_encoder_lora:
-        adapters += rank * shapes.text_encoder_lora_per_rank
+    adapters = rank * (shapes.transformer_lora_per_rank + text_encoder_lora * shapes.text_encoder_lora_per_rank)
     stays = {
         "T5": size * shapes.text_embedding
         + BYTES_PER_WEIGHT.get(text_encoder_quantization or "", size) * (shapes.text_encoder - shapes.text_embedding),
@@ -219,8 +217,7 @@ def predict(
         decoder = size * DECODER_KEPT * shapes.vae_width * pixels
         decoder *= DECODER_CHECKPOINTED if checkpointed else hldf_batch_size
         rollout = text(hldf_batch_size + 1, checkpointed) + decoder
-        rollout += kept(guided, TRANSFORMER_KEPT, blocks, checkpointed)
-        rollout += hldf_merge_lora * size * shapes.transformer  # the merged weights
+        rollout += kept(guided, TRANSFORMER_KEPT, blocks, checkpointed) + hldf_merge_lora * size * shapes.transformer
     training = sum(stays.values()) + max(ordinary, rollout)
     before = sum(stays.values()) - stays["adapters, gradients, optimiser"]  # while T5's embeddings are cached
     peak = training if text_encoder_lora else max(training - stays["T5"], before)
