@@ -44,6 +44,7 @@ from medart_core import (
 )
 from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
+from medart_core.lean_lora import merged
 from medart_core.medart_options import FREE_ON_RESUME, MedArtOptions, image_sides
 from medart_core.objectives import COLOR_LOSSES, color_report
 from medart_core.options import parse
@@ -85,13 +86,14 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     real = torch.stack([dataset.pixel_values(key) for key in keys]).to(model.vae.device)
     before = lora.gradients(parameters)
     pretrained.set_gradient_checkpointing(model, opts.hldf_checkpointing != "none")
-    with accelerator.autocast():
-        generated = sample_with_gradient(model, opts.repeated(captions), real.shape[-2:], draws, opts)
-    masks = [content_mask(images) for images in (generated, real)] if opts.mask_overlay else []
-    loss = COLOR_LOSSES[opts.color_loss](generated, real, *masks)
-    weight = 1 / opts.M_times if opts.color_loss_weight is None else opts.color_loss_weight
-    if loss.requires_grad:
-        (weight * loss).backward()
+    with merged(model.transformer, opts.hldf_merge_lora):
+        with accelerator.autocast():
+            generated = sample_with_gradient(model, opts.repeated(captions), real.shape[-2:], draws, opts)
+        masks = [content_mask(images) for images in (generated, real)] if opts.mask_overlay else []
+        loss = COLOR_LOSSES[opts.color_loss](generated, real, *masks)
+        weight = 1 / opts.M_times if opts.color_loss_weight is None else opts.color_loss_weight
+        if loss.requires_grad:
+            (weight * loss).backward()
     pretrained.set_gradient_checkpointing(model, opts.gradient_checkpointing)
     grad_norm = lora.gradients(parameters).sub_(before).norm()
     if grad_norm == 0:
@@ -216,12 +218,8 @@ def main() -> int:
     rates = opts.part("optimizer") | {"scale": per_step if opts.scale_lr else 1}
     run = Run.start(model, folder, max_steps, **rates)
     if resumed:
-        run.resume(resumed)
+        run.resume(resumed, max_steps)
         say(f"resuming from {resumed}")
-    if run.step > max_steps:
-        raise UserError(
-            f"{resumed} is after {run.step} steps, this run ends after {max_steps}; raise --max_train_steps"
-        )
     hldf_updates = 0 if opts.no_hldf else sum(step % opts.N_steps == 0 for step in range(run.step, max_steps))
     say(
         f"{len(dataset)} images ({len(held_out)} held out), batch {per_step}: steps {run.step} to {max_steps}, "
@@ -230,7 +228,7 @@ def main() -> int:
     )
     if opts.dry_run:
         return dry_run(opts, accelerator, run, dataset, max_steps, hldf_updates)
-    with checkpoint.disk_faults(folder), ExitStack() as stack:
+    with checkpoint.begin(folder, settings, first), ExitStack() as stack:
         log = stack.enter_context(closing(RunLog(folder, opts, prompts, run.step))) if first else None
         code = train(opts, accelerator, run, dataset, held_out, max_steps, log)
         if log and not code:

@@ -1,5 +1,6 @@
 """Med-Art's steps as medart.py takes them, with each of the levers that the benchmark pulls alone."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from thin_pixart import Batch, Trainer
 from torch import Tensor
 
 from diffusers_grad import decode_latents, sample_latents
+from medart_core import lean_lora
 from medart_core.latents import encode_moments
 from medart_core.latents import sample_latents as sample_posterior
 from medart_core.objectives import color_distribution_loss, noise_prediction_loss
@@ -22,6 +24,7 @@ class Work:
     gradient: str = "full"
     checkpoint_steps: bool = False
     one_text_call: bool = True
+    merge_lora: bool = True
 
 
 def ordinary_step(trainer: Trainer, batch: Batch, work: Work) -> tuple[Tensor]:
@@ -33,23 +36,23 @@ def ordinary_step(trainer: Trainer, batch: Batch, work: Work) -> tuple[Tensor]:
 
 def hldf_step(trainer: Trainer, batch: Batch, work: Work, num_inference_steps: int) -> tuple[Tensor, Tensor]:
     """One optimiser step on the noise-prediction loss and the colour loss, which are returned."""
-    loss = _noise_backward(trainer, batch, work)
-    model = trainer.model
-    with trainer.autocast():
-        latents = sample_latents(
-            model.transformer,
-            model.scheduler,
-            batch.rollout_noise,
-            *_encode_both(trainer, batch, work),
-            num_inference_steps=num_inference_steps,
-            gradient=work.gradient,
-            k=min(5, num_inference_steps),
-            checkpoint_steps=work.checkpoint_steps,
-            generator=torch.Generator().manual_seed(0),
-        )
-        generated = decode_latents(model.vae, latents, checkpointing=work.checkpoint_steps)
-    loss_color = color_distribution_loss(generated, batch.pixel_values)
-    (loss_color / num_inference_steps).backward()
+    loss, model = _noise_backward(trainer, batch, work), trainer.model
+    with lean_lora.merged(model.transformer) if work.merge_lora else nullcontext():
+        with trainer.autocast():
+            latents = sample_latents(
+                model.transformer,
+                model.scheduler,
+                batch.rollout_noise,
+                *_encode_both(trainer, batch, work),
+                num_inference_steps=num_inference_steps,
+                gradient=work.gradient,
+                k=min(5, num_inference_steps),
+                checkpoint_steps=work.checkpoint_steps,
+                generator=torch.Generator().manual_seed(0),
+            )
+            generated = decode_latents(model.vae, latents, checkpointing=work.checkpoint_steps)
+        loss_color = color_distribution_loss(generated, batch.pixel_values)
+        (loss_color / num_inference_steps).backward()
     trainer.update()
     return loss, loss_color.detach()
 

@@ -175,10 +175,10 @@ def resume_decision(
 ) -> Path | None:
     """Decide what a command does in `run_dir`: the checkpoint to go on from, or None for a fresh start.
 
-    `options` are kept in options.json. The same command resumes; options in `free` may change, the length of the run
-    may grow. Of several processes one is the `owner`, who locks and writes, and whom the others follow. Raises
-    UserError for a folder that holds something else, a run with other options, a finished run, a run that another
-    trainer works on, or only damaged checkpoints.
+    The same command resumes; `options` in `free` may change, the length of the run may grow. Nothing but the lock is
+    written: `begin` does that. Of several processes one is the `owner`, who locks and writes, and whom the others
+    follow. Raises UserError for a folder that holds something else, a run with other options, a finished run, a run
+    that another trainer works on, or only damaged checkpoints.
     """
     options = json.loads(json.dumps(dict(options)))  # as they will be read back: a tuple becomes a list
     if run_dir.exists() and not run_dir.is_dir():
@@ -206,11 +206,21 @@ def resume_decision(
     chosen = asked or latest(run_dir, warn=owner)
     if chosen is None and (resume_from or checkpoints(run_dir)):
         raise UserError(f"no whole checkpoint in {run_dir} to resume from; choose another --output_dir to start anew")
-    if owner:
-        with disk_faults(run_dir):
-            write_json(run_dir / OPTIONS, options)
-            (run_dir / FINISHED).unlink(missing_ok=True)
     return chosen
+
+
+@contextlib.contextmanager
+def begin(run_dir: Path, options: Mapping[str, Any], owner: bool = True) -> Iterator[None]:
+    """Within it a run writes in its folder; faults of the disk become UserErrors of one line.
+
+    From here on, and no sooner, the folder's options are the run's and a finished run that grows is unfinished: what
+    fails before, such as the loading of a model, leaves the folder as it was.
+    """
+    with disk_faults(run_dir):
+        if owner:
+            write_json(run_dir / OPTIONS, dict(options))
+            (run_dir / FINISHED).unlink(missing_ok=True)
+        yield
 
 
 def _check_whole(folder: Path) -> None:

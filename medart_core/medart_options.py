@@ -92,6 +92,10 @@ class MedArtOptions:
         None, "HLDF", "recompute in the rollout: nothing, blocks, or blocks within steps (memory flat in M) "
         "(default: nested with --gradient_checkpointing, else none)", CHECKPOINTING,
     )  # fmt: skip
+    hldf_merge_lora: bool | None = option(
+        None, "HLDF", "merge the adapters into a copy of the weights for each rollout: faster (default: unless nested "
+        "checkpointing is to save memory)",
+    )  # fmt: skip
     mask_overlay: bool = option(
         False, "HLDF", "leave black borders and the green inset of endoscopes out of the colours"
     )
@@ -155,6 +159,8 @@ class MedArtOptions:
     def __post_init__(self) -> None:
         if self.hldf_checkpointing is None:
             self.hldf_checkpointing = "nested" if self.gradient_checkpointing else "none"
+        if self.hldf_merge_lora is None:
+            self.hldf_merge_lora = self.hldf_checkpointing != "nested"
 
     @property
     def hldf_images(self) -> int:
@@ -181,6 +187,7 @@ class MedArtOptions:
             "gradient_checkpointing": self.gradient_checkpointing,
             "hldf": not self.no_hldf,
             "hldf_checkpointing": self.hldf_checkpointing,
+            "hldf_merge_lora": self.hldf_merge_lora,
             "hldf_batch_size": self.hldf_images,
             "graph_steps": graph_steps[self.hldf_gradient],
         }

@@ -29,7 +29,10 @@ def option(
 
 
 def add_options(parser: argparse.ArgumentParser, options_type: type) -> None:
-    """Give `parser` one flag per field of a dataclass made of `option` fields, in named groups."""
+    """Give `parser` one flag per field of a dataclass made of `option` fields, in named groups.
+
+    A switch has an opposite, for what a file or a preset has switched on: --no_compile, and --hldf for --no_hldf.
+    """
     groups: dict[str, argparse._ArgumentGroup] = {}
     for item, kind in zip(dataclasses.fields(options_type), typing.get_type_hints(options_type).values(), strict=True):
         group, text = item.metadata["group"], item.metadata["help"]
@@ -41,6 +44,10 @@ def add_options(parser: argparse.ArgumentParser, options_type: type) -> None:
         read = item.metadata["read"] or kind
         if kind is bool:
             groups[group].add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+            opposite = f"--{item.name.removeprefix('no_')}" if item.name.startswith("no_") else f"--no_{item.name}"
+            groups[group].add_argument(
+                opposite, action="store_false", dest=item.name, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+            )
         elif typing.get_origin(kind) is list:
             text += "; repeatable"
             groups[group].add_argument(flag, action="append", metavar="TEXT", default=argparse.SUPPRESS, help=text)
@@ -72,7 +79,7 @@ def parse(
     none is given. `aliases` are other names of options.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    help = "options from a .toml or .json file, such as a run's options.json"
+    help = "options from a .toml or .json file, such as a run's options.json; --no_NAME switches off what it has on"
     parser.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help)
     add_options(parser, options_type)
     words = [_underscores(word, aliases) for word in (sys.argv[1:] if argv is None else argv)]

@@ -35,12 +35,27 @@ MODELS = ("text_encoder", "vae", "transformer")
 # Options for a card of so many GiB at batch 1, 512 px and 120 tokens: quantised only where it must be, and recomputed
 # only what would not fit. (The whole rollout without checkpoints takes 67 GB by itself: no margin in 80 GiB.)
 PRESETS: dict[str, dict[str, Any]] = {
-    "8gb": {"text_encoder_quantization": "nf4", "gradient_checkpointing": True, "hldf_checkpointing": "nested"},
-    "12gb": {"text_encoder_quantization": "nf4", "gradient_checkpointing": False, "hldf_checkpointing": "blocks"},
-    "16gb": {"text_encoder_quantization": None, "gradient_checkpointing": True, "hldf_checkpointing": "nested"},
-    "24gb": {"text_encoder_quantization": None, "gradient_checkpointing": False, "hldf_checkpointing": "blocks"},
-    "80gb": {"text_encoder_quantization": None, "gradient_checkpointing": False, "hldf_checkpointing": "blocks"},
-}
+    "8gb": {
+        "text_encoder_quantization": "nf4", "gradient_checkpointing": True, "hldf_checkpointing": "nested",
+        "hldf_merge_lora": False,
+    },
+    "12gb": {
+        "text_encoder_quantization": "nf4", "gradient_checkpointing": False, "hldf_checkpointing": "blocks",
+        "hldf_merge_lora": True,
+    },
+    "16gb": {
+        "text_encoder_quantization": None, "gradient_checkpointing": True, "hldf_checkpointing": "nested",
+        "hldf_merge_lora": False,
+    },
+    "24gb": {
+        "text_encoder_quantization": None, "gradient_checkpointing": False, "hldf_checkpointing": "blocks",
+        "hldf_merge_lora": True,
+    },
+    "80gb": {
+        "text_encoder_quantization": None, "gradient_checkpointing": False, "hldf_checkpointing": "blocks",
+        "hldf_merge_lora": True,
+    },
+}  # fmt: skip
 
 
 # --- The model ---
@@ -163,6 +178,7 @@ def predict(
     gradient_checkpointing: bool = False,
     hldf: bool = True,
     hldf_checkpointing: str = "blocks",
+    hldf_merge_lora: bool = False,
     hldf_batch_size: int = 1,
     graph_steps: int = 20,
 ) -> dict[str, float]:
@@ -173,9 +189,7 @@ def predict(
     adapters on T5 its embeddings are cached and it goes before training: `peak` is then the larger of the two times.
     """
     size, pixels = dtype.itemsize, pixels or shapes.image_size**2
-    adapters = rank * shapes.transformer_lora_per_rank
-    if text_encoder_lora:
-        adapters += rank * shapes.text_encoder_lora_per_rank
+    adapters = rank * (shapes.transformer_lora_per_rank + text_encoder_lora * shapes.text_encoder_lora_per_rank)
     stays = {
         "T5": size * shapes.text_embedding
         + BYTES_PER_WEIGHT.get(text_encoder_quantization or "", size) * (shapes.text_encoder - shapes.text_embedding),
@@ -203,7 +217,7 @@ def predict(
         decoder = size * DECODER_KEPT * shapes.vae_width * pixels
         decoder *= DECODER_CHECKPOINTED if checkpointed else hldf_batch_size
         rollout = text(hldf_batch_size + 1, checkpointed) + decoder
-        rollout += kept(guided, TRANSFORMER_KEPT, blocks, checkpointed)
+        rollout += kept(guided, TRANSFORMER_KEPT, blocks, checkpointed) + hldf_merge_lora * size * shapes.transformer
     training = sum(stays.values()) + max(ordinary, rollout)
     before = sum(stays.values()) - stays["adapters, gradients, optimiser"]  # while T5's embeddings are cached
     peak = training if text_encoder_lora else max(training - stays["T5"], before)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransformer2DModel
-from safetensors import SafetensorError
 from transformers import AutoTokenizer, T5EncoderModel
 
 from medart_core import quantization
@@ -107,16 +106,14 @@ def load(
         parts = PixArt(
             tokenizer=AutoTokenizer.from_pretrained(path, subfolder="tokenizer", **where),
             text_encoder=_load_text_encoder(path, dtype, device, text_encoder_quantization, **weights),
-            vae=AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=dtype, **weights),
-            transformer=PixArtTransformer2DModel.from_pretrained(
-                path, subfolder="transformer", torch_dtype=dtype, **weights
-            ),
+            vae=_whole(AutoencoderKL, path, "vae", torch_dtype=dtype, **weights),
+            transformer=_whole(PixArtTransformer2DModel, path, "transformer", torch_dtype=dtype, **weights),
             scheduler=DPMSolverMultistepScheduler.from_pretrained(path, subfolder="scheduler", **where),
             name=str(name or NANO),
         )
-    except torch.OutOfMemoryError:  # a RuntimeError that no download mends
+    except (torch.OutOfMemoryError, ImportError, UserError):  # which no download mends
         raise
-    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError) as error:
+    except Exception as error:  # of a dozen types, for the libraries meet damaged and foreign files in their own ways
         first_line = (str(error).strip() or "a file is empty").splitlines()[0].rstrip(".")
         raise UserError(
             f"cannot load {path}: {first_line}. Download it where there is a network "
@@ -129,12 +126,19 @@ def load(
     return parts
 
 
+def _whole(model_type: Any, path: str, part: str, **loading: Any) -> Any:
+    """A part from its folder. Raises ValueError where weights are missing, which would be left empty or random."""
+    model, found = model_type.from_pretrained(path, subfolder=part, output_loading_info=True, **loading)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{part} lacks {len(missing)} weights such as {missing[0]}: its file is of another model")
+    return model
+
+
 def _load_text_encoder(path: str, dtype: torch.dtype, device: torch.device, quantize: str | None, **where: Any):
     """T5, each tensor straight to `device`: what is packed there cannot be moved, and 19 GB should not be."""
     load_to_device = partial(
-        T5EncoderModel.from_pretrained,
-        path, subfolder="text_encoder", dtype=dtype, device_map={"": str(device)}, **where,
-    )  # fmt: skip
+        _whole, T5EncoderModel, path, "text_encoder", dtype=dtype, device_map={"": str(device)}, **where
+    )
     if quantize is None:
         return load_to_device()
     with quantization.every_layer():

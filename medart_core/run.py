@@ -123,9 +123,13 @@ class Run:
         published = checkpoint.publish(self.folder, f"checkpoint-{self.step}", write)
         checkpoint.prune(self.folder, limit, published)
 
-    def resume(self, folder: Path) -> None:
-        """Go on from a published checkpoint."""
+    def resume(self, folder: Path, max_steps: int) -> None:
+        """Go on from a published checkpoint. Raises UserError if it is beyond the end of this run."""
         state = trees.load_tree(folder / "state")
+        if state["step"] > max_steps:
+            raise UserError(
+                f"{folder} is after {state['step']} steps, this run ends after {max_steps}; raise --max_train_steps"
+            )
         lora.load_adapter_state(self.model.transformer, state["transformer"])
         lora.load_adapter_state(self.model.text_encoder, state["text_encoder"])
         self.optimizer.load_state_dict(state["optimizer"])

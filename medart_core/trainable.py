@@ -2,6 +2,7 @@
 
 import torch
 
+from diffusers_grad import attention
 from medart_core import full_size, lora, pretrained
 from medart_core.pretrained import PixArt
 
@@ -30,6 +31,7 @@ def build(
     else:
         where = pretrained_model_name_or_path, dtype, device, revision, variant
         model = pretrained.load(*where, text_encoder_quantization, cache_dir)
+    attention.install(model.transformer)
     pretrained.set_gradient_checkpointing(model, gradient_checkpointing)
     torch.manual_seed(seed)  # of the adapters' initialisation
     shape = rank, lora_alpha, model.name, use_dora, use_rslora

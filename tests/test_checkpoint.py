@@ -1,6 +1,7 @@
 """The run folder: exact round trips, checkpoints that are whole or absent, resume rules, full disks."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -218,7 +219,7 @@ checkpoint.publish(Path(sys.argv[1]), "checkpoint-10", write)
 @pytest.mark.parametrize("moment", ["write", "manifest", "rename"])
 def test_a_kill_while_publishing_leaves_the_older_checkpoint(tmp_path: Path, moment: str) -> None:
     """`rename` is the moment between moving the old checkpoint-10 away and putting the new one in its place."""
-    assert checkpoint.resume_decision(tmp_path, OPTS, None, FREE) is None
+    begin(tmp_path, OPTS)
     put(tmp_path, 5)
     put(tmp_path, 10, "old")
     child = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), moment], cwd=ROOT)
@@ -253,9 +254,16 @@ def test_prune_never_removes_the_one_just_published(tmp_path: Path) -> None:
 # --- resume rules ---
 
 
+def begin(run_dir: Path, options: dict) -> Path | None:
+    """What a run does in its folder before its first step."""
+    chosen = checkpoint.resume_decision(run_dir, options, None, FREE)
+    with checkpoint.begin(run_dir, options):
+        return chosen
+
+
 def start(run_dir: Path, **finished) -> None:
     """A run with OPTS that has one checkpoint, at step 10."""
-    checkpoint.resume_decision(run_dir, OPTS, None, FREE)
+    begin(run_dir, OPTS)
     put(run_dir, 10)
     if finished:
         checkpoint.finish(run_dir, finished["step"], prompts=[])
@@ -289,7 +297,7 @@ def test_another_run_is_refused_by_name_and_left_alone(tmp_path: Path, change: d
 
 def test_steps_below_what_is_done_are_refused(tmp_path: Path) -> None:
     by_epochs = OPTS | {"max_train_steps": None}
-    checkpoint.resume_decision(tmp_path, by_epochs, None, FREE)
+    begin(tmp_path, by_epochs)
     put(tmp_path, 10)
     with pytest.raises(UserError, match="longer run"):
         checkpoint.resume_decision(tmp_path, OPTS | {"max_train_steps": 3}, None, FREE)
@@ -302,14 +310,19 @@ def test_a_finished_run_is_not_repeated_but_may_grow(tmp_path: Path) -> None:
             checkpoint.resume_decision(tmp_path, OPTS | change, None, FREE)
     assert (tmp_path / FINISHED).exists()
     longer = OPTS | {"max_train_steps": 11}
+    before = {entry.name: entry.read_bytes() for entry in tmp_path.iterdir() if entry.is_file()}
     assert checkpoint.resume_decision(tmp_path, longer, None, FREE) == tmp_path / "checkpoint-10"
+    # A model that cannot be loaded, say, leaves the finished run as it is.
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir() if entry.is_file()} == before
+    begin(tmp_path, longer)
     assert not (tmp_path / FINISHED).exists()
+    assert json.loads((tmp_path / OPTIONS).read_text())["max_train_steps"] == 11
 
 
 @pytest.mark.parametrize("change", [{"num_train_epochs": 16}, {"max_train_steps": 11}])
 def test_a_run_finished_by_epochs_may_grow(tmp_path: Path, change: dict) -> None:
     by_epochs = OPTS | {"max_train_steps": None}
-    checkpoint.resume_decision(tmp_path, by_epochs, None, FREE)
+    begin(tmp_path, by_epochs)
     checkpoint.finish(tmp_path, put(tmp_path, 10) and 10, prompts=[])
     with pytest.raises(UserError, match="finished run"):
         checkpoint.resume_decision(tmp_path, by_epochs, None, FREE)
@@ -334,7 +347,7 @@ def test_unreadable_options_are_a_users_error(tmp_path: Path, text: str) -> None
 
 def test_a_kill_while_the_options_were_written_is_a_fresh_start(tmp_path: Path) -> None:
     (tmp_path / f"{checkpoint.TEMPORARY}{OPTIONS}").write_text("{")
-    assert checkpoint.resume_decision(tmp_path, OPTS, None, FREE) is None
+    assert begin(tmp_path, OPTS) is None
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [LOCK, OPTIONS]
 
 

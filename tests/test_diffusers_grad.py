@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPip
 from torch import Tensor, nn
 
 import diffusers_grad
-from diffusers_grad import GRADIENT_MODES, decode_latents, sample_latents, sampler
+from diffusers_grad import GRADIENT_MODES, attention, decode_latents, sample_latents, sampler
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in set_timesteps
@@ -323,6 +323,60 @@ def test_compiled_blocks_serve_the_rollout_with_one_graph_for_all() -> None:
         actual = sample_latents(transformer, make_scheduler(), *inputs, num_inference_steps=3)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+# Attention.
+
+
+def attention_inputs(queries: int, keys: int, dtype: torch.dtype, width: int = 12) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, width, generator=generator) for n in (queries, keys, keys))
+    mask = torch.zeros(2, 1, 1, keys).index_fill_(3, torch.arange(keys - 2, keys), -10000.0)
+    return *(tensor.to(dtype).requires_grad_() for tensor in (query, key, value)), mask.to(dtype)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_products_in_bf16_are_the_fused_kernels_up_to_rounding(masked: bool) -> None:
+    query, key, value, mask = attention_inputs(9, 7, torch.bfloat16)
+    bias = mask if masked else None
+    exact = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    expected = nn.functional.scaled_dot_product_attention(*exact, attn_mask=None if bias is None else bias.double())
+    actual = attention.attend(query, key, value, None if bias is None else bias.float())
+    assert actual.dtype == torch.bfloat16
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    results = [torch.autograd.grad((out * weights).sum(), inputs) for out, inputs in (
+        (expected, exact), (actual, (query, key, value)))]  # fmt: skip
+    for reference, mine in zip((expected, *results[0]), (actual, *results[1]), strict=True):
+        assert (mine - reference).norm() <= 0.01 * reference.norm()
+    if masked:
+        assert results[1][2][:, :, -2:].abs().max() == 0  # what is masked is not read
+
+
+@pytest.mark.parametrize(("keys", "dtype"), [(7, torch.float32), (attention.KEPT_SCORES // 8, torch.bfloat16)])
+def test_in_fp32_and_for_long_sequences_the_fused_kernel_stays(keys: int, dtype: torch.dtype) -> None:
+    query, key, value, mask = attention_inputs(9, keys, dtype, width=2)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert torch.equal(attention.attend(query, key, value, mask), expected)
+
+
+def test_installed_attention_gives_a_training_step_the_stock_result() -> None:
+    transformer, inputs = make_transformer(), make_inputs()
+    arguments: dict[str, Any] = {
+        "encoder_hidden_states": inputs.prompt_embeds,
+        "encoder_attention_mask": inputs.prompt_attention_mask,
+        "timestep": torch.tensor([500, 20]),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+    names = list(transformer.state_dict())
+    expected = transformer(inputs.latents, **arguments).sample
+    expected_gradients = gradients(transformer, expected)
+    attention.install(transformer)
+    assert list(transformer.state_dict()) == names
+    processors = list(transformer.attn_processors.values())
+    assert len(processors) == 4 and all(isinstance(each, attention.PixArtProcessor) for each in processors)
+    actual = transformer(inputs.latents, **arguments).sample
+    assert torch.equal(actual, expected)
+    assert_same_gradients(gradients(transformer, actual), expected_gradients, rtol=1e-6)
 
 
 # A linear denoiser, and DPM-Solver++(2M) written from the paper in float64.

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from diffusers_grad import sample_latents
 from medart_core import compilation, lean_lora, lora, pretrained
 from medart_core.lean_lora import LeanLinear
-from medart_core.text import encode_prompts
+from medart_core.text import encode_prompts, encode_with_negative
 
 RANK, WIDTH = 4, 32
 
@@ -130,6 +131,56 @@ def test_a_bf16_base_without_autocast_runs_as_pefts_own():
     assert torch.equal(model(x), expected)
 
 
+# --- Merged for many calls ---
+
+
+@pytest.mark.parametrize("base_dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_merged_layers_give_the_products_and_gradients_of_the_rounded_sum(base_dtype):
+    """The reference: W + s B A with a gradient, rounded to the base's dtype, as the weight of a plain product."""
+    model = make_adapted(base_dtype)
+    lean_lora.enable(model)
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).to(base_dtype)
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def through_sums() -> torch.Tensor:
+        hidden = x
+        for layer in (model.base_model.model.first, model.base_model.model.second):
+            hidden = hidden.tanh() if layer is model.base_model.model.second else hidden
+            delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            merged = (layer.base_layer.weight.float() + delta).to(base_dtype)
+            hidden = nn.functional.linear(hidden, merged, layer.base_layer.bias)
+        return hidden
+
+    expected = torch.stack([through_sums(), through_sums()])
+    expected_gradients = torch.autograd.grad(expected.float().square().sum(), list(adapters.values()))
+    with lean_lora.merged(model):
+        actual = torch.stack([model(x), model(x)])  # as in a rollout: the gradients of two calls add up
+        gradients = torch.autograd.grad(actual.float().square().sum(), list(adapters.values()))
+    tolerance = 1e-6 if base_dtype == torch.float32 else 1e-2
+    assert relative_error(actual, expected) <= tolerance
+    for name, gradient, reference in zip(adapters, gradients, expected_gradients, strict=True):
+        assert gradient.dtype == torch.float32 and relative_error(gradient, reference) <= tolerance, name
+
+
+def test_merging_ends_with_its_context_and_is_for_plain_adapters_alone():
+    model = make_adapted()
+    lean_lora.enable(model)
+    expected = result(model)[0]
+    layers = [module for module in model.modules() if isinstance(module, LeanLinear)]
+    with pytest.raises(KeyError), lean_lora.merged(model):
+        assert all(layer.merged is not None for layer in layers)
+        assert relative_error(result(model)[0], expected) <= 1e-6
+        raise KeyError
+    assert all(layer.merged is None and "merged" not in vars(layer) for layer in layers)
+    with lean_lora.merged(model, wanted=False):
+        assert all(layer.merged is None for layer in layers)
+    dora = make_adapted(use_dora=True)
+    lean_lora.enable(dora)
+    expected = dora(torch.ones(1, 24))
+    with lean_lora.merged(dora):
+        assert torch.equal(dora(torch.ones(1, 24)), expected)
+
+
 # --- The whole model ---
 
 
@@ -187,6 +238,61 @@ def test_a_training_step_is_that_of_peft(model, checkpointing):
     assert any(isinstance(module, LeanLinear) for module in model.transformer.modules())
 
 
+def rollout(model: pretrained.PixArt, merged: bool, autocast: bool, **options) -> tuple[torch.Tensor, dict]:
+    """Latents of a short rollout and the gradients of all adapters."""
+    noise = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    adapters = {name: p for name, p in model.transformer.named_parameters() if p.requires_grad}
+    adapters |= {f"text.{name}": p for name, p in model.text_encoder.named_parameters() if p.requires_grad}
+    with lean_lora.merged(model.transformer, merged):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            prompts = encode_with_negative(model.tokenizer, model.text_encoder, ["a chest x-ray"])
+            steps = {"num_inference_steps": 4, "k": 2, "generator": torch.Generator().manual_seed(1)}
+            latents = sample_latents(model.transformer, model.scheduler, noise, *prompts, **steps, **options)
+        gradients = torch.autograd.grad(latents.square().sum(), list(adapters.values()))
+    return latents.detach(), dict(zip(adapters, gradients, strict=True))
+
+
+@pytest.mark.parametrize("gradient", ["full", "last_k", "sparse", "one_step"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_a_merged_rollout_is_the_separate_one_in_fp32(model, gradient, checkpointing):
+    for network in (model.transformer, model.text_encoder):
+        network.float()
+        lean_lora.enable(network)
+    pretrained.set_gradient_checkpointing(model, checkpointing)
+    options = {"autocast": False, "gradient": gradient, "checkpoint_steps": checkpointing}
+    expected, actual = (rollout(model, merged, **options) for merged in (False, True))
+    assert relative_error(actual[0], expected[0]) <= 1e-5
+    assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
+    assert_same_step((0, actual[1]), (0, expected[1]), 1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+def test_a_merged_rollout_in_bf16_begins_as_the_base_and_learns_alike(model, checkpointing):
+    for network in (model.transformer, model.text_encoder):
+        lean_lora.enable(network)
+    pretrained.set_gradient_checkpointing(model, checkpointing)
+    options = {"autocast": True, "gradient": "full", "checkpoint_steps": checkpointing}
+    assert_same_step((0, rollout(model, True, **options)[1]), (0, rollout(model, False, **options)[1]), 0.1)
+    with torch.no_grad():
+        for name, parameter in model.transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    expected, actual = (rollout(model, merged, **options) for merged in (False, True))
+    assert relative_error(actual[0], expected[0]) <= 0.01  # products of another width may round otherwise
+    assert_same_step((0, actual[1]), (0, expected[1]), 0.1)
+
+
+def test_a_merged_rollout_takes_fewer_operations(model):
+    lean_lora.enable(model.transformer)
+
+    def operations(merged: bool) -> int:
+        with torch.profiler.profile() as profile:
+            rollout(model, merged, autocast=True, gradient="full")
+        return sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm"))
+
+    assert operations(True) < 0.8 * operations(False)
+
+
 def check_compiled_steps(model: pretrained.PixArt, backend: str) -> None:
     lean_lora.enable(model.transformer)
     lean_lora.enable(model.text_encoder)
@@ -203,6 +309,23 @@ def check_compiled_steps(model: pretrained.PixArt, backend: str) -> None:
 
 def test_blocks_are_traced_whole_and_train_alike(model):
     check_compiled_steps(model, "eager")
+
+
+def test_compiled_blocks_serve_merged_rollouts_with_one_graph_more(model):
+    for network in (model.transformer, model.text_encoder):
+        lean_lora.enable(network)
+    options = {"autocast": True, "gradient": "full"}
+    expected = rollout(model, True, **options)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compilation.enable(model, "eager")
+    graphs = []
+    for merged in (True, True, False, True):
+        actual = rollout(model, merged, **options)
+        assert_same_step((0, actual[1]), (0, expected[1]), 0.1)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[0] and graphs[3] == graphs[2]
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.slow

@@ -38,6 +38,23 @@ def test_what_a_file_switches_off_stays_off_and_lists_are_replaced(tmp_path):
     assert opts.validation_prompt == ["b"]
 
 
+def test_a_switch_in_a_file_or_preset_can_be_switched_off_again(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text("compile = true\nno_hldf = true\nno_text_encoder_lora = true\nrandom_flip = true\n")
+    opts = parse(f"--config={file}", "--no-compile", "--hldf", "--text_encoder_lora")
+    assert not (opts.compile or opts.no_hldf or opts.no_text_encoder_lora) and opts.random_flip
+    opts = options.parse(MedArtOptions, None, ["--preset=8gb", "--no_gradient_checkpointing"], plan.PRESETS)
+    assert not opts.gradient_checkpointing and opts.text_encoder_quantization == "nf4"
+    assert parse("--no_hldf").no_hldf and parse("--no_text_encoder_lora").no_text_encoder_lora
+
+
+def test_adapters_are_merged_in_the_rollout_where_memory_is_not_short():
+    merged = {argv: parse(*argv).hldf_merge_lora for argv in [(), ("--hldf_checkpointing=blocks",)]}
+    assert all(merged.values()) and not parse("--gradient_checkpointing").hldf_merge_lora
+    assert parse("--gradient_checkpointing", "--hldf_merge_lora").hldf_merge_lora
+    assert not parse("--no_hldf_merge_lora").hldf_merge_lora
+
+
 def test_a_preset_lies_under_the_command_line():
     opts = options.parse(MedArtOptions, None, ["--preset=8gb", "--text_encoder_quantization=int8"], plan.PRESETS)
     assert opts.gradient_checkpointing and opts.hldf_checkpointing == "nested"
@@ -48,6 +65,7 @@ def test_a_runs_options_repeat_it(tmp_path):
     argv = [
         "--seed=7",
         "--no_hldf",
+        "--no_hldf_merge_lora",
         "--validation_steps=0",
         "--adam_weight_decay=0",
         "--preset=8gb",

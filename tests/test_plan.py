@@ -68,12 +68,13 @@ def test_what_each_choice_costs(shapes):
         for name, choice in {
             "as it is": {}, "fewer graph steps": {"graph_steps": 5}, "no HLDF": {"hldf": False},
             "8-bit Adam": {"use_8bit_adam": True}, "frozen T5": {"text_encoder_lora": False},
-            "fp32": {"dtype": torch.float32}, "batch": {"hldf_batch_size": 2}, "pixels": {"pixels": 1024**2},
+            "merged": {"hldf_merge_lora": True}, "fp32": {"dtype": torch.float32}, "batch": {"hldf_batch_size": 2},
+            "pixels": {"pixels": 1024**2},
         }.items()
     }  # fmt: skip
     usual = peak.pop("as it is")
     more = {name for name, gb in peak.items() if gb > usual}
-    assert more == {"fp32", "batch", "pixels"} and all(gb != usual for gb in peak.values())
+    assert more == {"fp32", "batch", "pixels", "merged"} and all(gb != usual for gb in peak.values())
     assert peak["frozen T5"] == pytest.approx(9.52 + 1.39 + 1.1, abs=0.02)  # T5 goes before training
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, PixArtTransformer2DModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5EncoderModel
 
@@ -128,6 +128,28 @@ def test_a_damaged_part_is_one_line_with_the_folder(tiny_pixart, tmp_path, part)
     folder = shutil.copytree(tiny_pixart, tmp_path / "pixart")
     file = next((folder / part).glob("*.safetensors"), folder / part / "tokenizer.json")
     file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(UserError, match=f"^cannot load {folder}: [^\n]*$"):
+        pretrained.load(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("file_type", ["safetensors", "bin"])
+@pytest.mark.parametrize("part", ["text_encoder", "vae", "transformer"])
+def test_weights_of_another_model_are_refused_in_one_line(tiny_pixart, tmp_path, part, file_type):
+    """Else the libraries would leave T5 random, with a warning, and the others empty."""
+    folder = shutil.copytree(tiny_pixart, tmp_path / "pixart")
+    [file] = (folder / part).glob("*.safetensors")
+    save_file({"cls.weight": torch.ones(2, 2)}, file, {"format": "pt"})
+    if file_type == "bin":
+        to_bin(folder / part)
+    message = rf"^cannot load {folder}: {part} lacks \d+ weights such as [^\n]*another model[^\n]*$"
+    with pytest.raises(UserError, match=message):
+        pretrained.load(folder, torch.float32, CPU)
+
+
+def test_a_bin_file_of_something_else_is_refused_in_one_line(tiny_pixart, tmp_path):
+    folder = shutil.copytree(tiny_pixart, tmp_path / "pixart")
+    to_bin(folder / "text_encoder")
+    torch.save(torch.nn.Linear(1, 1), folder / "text_encoder" / "pytorch_model.bin")  # code, which is not run
     with pytest.raises(UserError, match=f"^cannot load {folder}: [^\n]*$"):
         pretrained.load(folder, torch.float32, CPU)
 

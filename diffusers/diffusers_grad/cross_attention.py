@@ -10,9 +10,9 @@ from typing import Any, cast
 
 from diffusers import PixArtTransformer2DModel
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from diffusers_grad.attention import install, split_heads
 
 # What the transformer passes without names when it checkpoints a block:
 # https://github.com/huggingface/diffusers/blob/v0.42.1/src/diffusers/models/transformers/pixart_transformer_2d.py
@@ -36,15 +36,16 @@ def prompt_arguments(transformer: nn.Module, prompt_embeds: Tensor) -> dict[str,
     pixart = next((module for module in transformer.modules() if isinstance(module, PixArtTransformer2DModel)), None)
     if pixart is None:
         return {"encoder_hidden_states": prompt_embeds}
+    install(pixart)
     caption = cast(nn.Module, pixart.caption_projection)(prompt_embeds)
     key_values = []
     for index, block in enumerate(cast(Any, pixart.transformer_blocks)):
         if not isinstance(block, PromptBlock):
             block.__class__, block.index = PromptBlock, index
-            block.attn1.set_processor(PromptProcessor())
-            block.attn2.set_processor(PromptProcessor())
         attention: Any = block.attn2
-        key_values.append((_heads(attention, attention.to_k(caption)), _heads(attention, attention.to_v(caption))))
+        key_values.append(
+            (split_heads(attention, attention.to_k(caption)), split_heads(attention, attention.to_v(caption)))
+        )
     # One token, for the projection that the transformer applies in each call, and nobody reads.
     return {"encoder_hidden_states": prompt_embeds[:, :1], "cross_attention_kwargs": {"key_values": key_values}}
 
@@ -60,27 +61,3 @@ class PromptBlock(BasicTransformerBlock):
             key_values = kwargs["cross_attention_kwargs"]["key_values"][self.index]
             kwargs["cross_attention_kwargs"] = {"key_values": key_values}
         return super().__call__(**kwargs)
-
-
-class PromptProcessor(AttnProcessor2_0):
-    """Attention that takes ready keys and values (B, heads, L, width) in place of the encoder's states."""
-
-    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        self,
-        attn: Attention,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        key_values: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:
-        if encoder_hidden_states is None or key_values is None:
-            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask)
-        mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (B, 1, 1, L), a bias
-        query = _heads(attn, attn.to_q(hidden_states))
-        attended = F.scaled_dot_product_attention(query, *key_values, attn_mask=mask)
-        linear, dropout = cast(nn.ModuleList, attn.to_out)
-        return dropout(linear(attended.transpose(1, 2).flatten(2)))
-
-
-def _heads(attention: Attention, features: Tensor) -> Tensor:
-    return features.unflatten(2, (attention.heads, -1)).transpose(1, 2)  # (B, heads, L, width)
