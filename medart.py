@@ -32,6 +32,7 @@ from medart_core import (
     checkpoint,
     compilation,
     data,
+    devices,
     full_size,
     latents,
     lora,
@@ -175,7 +176,7 @@ def dry_run(opts, accelerator: Accelerator, run: Run, dataset, max_steps: int, h
 def main() -> int:
     opts = parse(MedArtOptions, __doc__, presets=plan.PRESETS)
     asked = opts.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    dtype, remark = pretrained.pick_dtype(asked, pretrained.pick_device())
+    dtype, remark = devices.pick_dtype(asked, devices.pick_device())
     stopping.end_with_launcher()
     waiting = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # the others wait while the first one samples
     accelerator = Accelerator(mixed_precision="bf16" if dtype is torch.bfloat16 else "no", kwargs_handlers=[waiting])

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from medart_core import dit_checkpoint, dit_sampling, lora_file, pretrained, sample_folder, tuned_model
+from medart_core import devices, dit_checkpoint, dit_sampling, lora_file, pretrained, sample_folder, tuned_model
 from medart_core.checkpoint import FINISHED
 from medart_core.errors import UserError, exit_codes
 from medart_core.medart_options import image_sides, resolution
@@ -232,9 +232,9 @@ def main() -> None:
     if options.merge:
         return merge(options)
     out = sample_folder.choose(options.out, ROOT / "results")
-    device = pretrained.pick_device()
+    device = devices.pick_device()
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
-    dtype, remark = pretrained.pick_dtype("bf16" if bf16 else "no", device)
+    dtype, remark = devices.pick_dtype("bf16" if bf16 else "no", device)
     if remark:
         print(remark)
     order = order_dit(options, dtype, device) if family == "DiT" else order_pixart(options, dtype, device)

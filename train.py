@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from medart_core import checkpoint, dit_checkpoint, dit_data, numbered_runs, pretrained, stopping
+from medart_core import checkpoint, devices, dit_checkpoint, dit_data, numbered_runs, stopping
 from medart_core.dit_data import Source, training_batches
 from medart_core.dit_log import DiTLog, SampleGrids, validation_loss
 from medart_core.dit_options import ALIASES, DiTOptions
@@ -124,7 +124,7 @@ def main(preset: str | None = None) -> int:
     stopping.end_with_launcher()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))  # others wait for saves, grids
     device, first, say = torch.device(state.device or "cpu"), state.is_main_process, state.print
-    dtype, remark = pretrained.pick_dtype(asked_precision(opts), device, fp16=True)
+    dtype, remark = devices.pick_dtype(asked_precision(opts), device, fp16=True)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not opts.no_tf32
 
     # The data and the options are checked before there is a folder.

@@ -15,7 +15,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from medart_core import compilation, lean_lora, lora, pretrained
+from medart_core import compilation, devices, lean_lora, lora, pretrained
 from medart_core.latents import encode_moments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,7 +89,7 @@ def make_trainer(
     folder: Path, dtype: torch.dtype, *, checkpointing: bool = False, lean: bool = True, compiled: bool = False
 ) -> Trainer:
     """Load the pipeline with rank-8 adapters, none of them zero, blocks checkpointed or not."""
-    device = pretrained.pick_device()
+    device = devices.pick_device()
     model = pretrained.load(folder, dtype, device)
     pretrained.set_gradient_checkpointing(model, checkpointing)
     torch.manual_seed(1)

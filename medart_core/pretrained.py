@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtTransfor
 from transformers import AutoTokenizer, T5EncoderModel
 
 from medart_core import quantization
-from medart_core.devices import bf16_is_native, pick_device, pick_dtype  # noqa: F401 (callers find them here, too)
 from medart_core.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = "nano/pixart"  # the bundled default, from the project's root
 NANO_SIZE = 128
 PARTS = ("tokenizer", "text_encoder", "vae", "transformer", "scheduler")
+NOT_OF_THE_FILES = (torch.OutOfMemoryError, ImportError, UserError)  # what no download mends
 VAES = {  # of DiT, by the name that --vae takes
     "ema": "stabilityai/sd-vae-ft-ema",
     "mse": "stabilityai/sd-vae-ft-mse",
@@ -65,8 +65,10 @@ def load_vae(name: str, dtype: torch.dtype, device: torch.device) -> Any:
     if (Path(path) / "vae").is_dir():
         path = str(Path(path) / "vae")
     try:
-        vae: Any = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
-    except (OSError, SafetensorError, ValueError, RuntimeError, EOFError) as error:
+        vae = _whole(AutoencoderKL, path, None, torch_dtype=dtype)
+    except NOT_OF_THE_FILES:
+        raise
+    except Exception as error:  # of a dozen types, see `load`
         fault = (str(error).strip() or "a file is empty").splitlines()[0].rstrip(".")
         if not Path(path).is_dir():
             fault = f"it is no folder here, and the hub did not give it ({fault})"
@@ -111,7 +113,7 @@ def load(
             scheduler=DPMSolverMultistepScheduler.from_pretrained(path, subfolder="scheduler", **where),
             name=str(name or NANO),
         )
-    except (torch.OutOfMemoryError, ImportError, UserError):  # which no download mends
+    except NOT_OF_THE_FILES:
         raise
     except Exception as error:  # of a dozen types, for the libraries meet damaged and foreign files in their own ways
         first_line = (str(error).strip() or "a file is empty").splitlines()[0].rstrip(".")
@@ -126,11 +128,15 @@ def load(
     return parts
 
 
-def _whole(model_type: Any, path: str, part: str, **loading: Any) -> Any:
-    """A part from its folder. Raises ValueError where weights are missing, which would be left empty or random."""
+def _whole(model_type: Any, path: str, part: str | None, **loading: Any) -> Any:
+    """A part from its folder, or what lies in `path` itself.
+
+    Raises ValueError where weights are missing, which would be left empty or random.
+    """
     model, found = model_type.from_pretrained(path, subfolder=part, output_loading_info=True, **loading)
     if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{part} lacks {len(missing)} weights such as {missing[0]}: its file is of another model")
+        name = part or path
+        raise ValueError(f"{name} lacks {len(missing)} weights such as {missing[0]}: its file is of another model")
     return model
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from recipe import OPTIONS, ROOT, describe, finetune
 
 sys.path.insert(0, str(ROOT))
-from medart_core import lora_file, pretrained, training_data
+from medart_core import devices, lora_file, pretrained, training_data
 from medart_core.data import ImageTransform, open_image
 from medart_core.errors import UserError, exit_codes
 from medart_core.objectives import chroma, color_statistics
@@ -66,14 +66,14 @@ def real_images(per_class: int, column: str) -> Real:
 
 def sampled_images(real: Real, run: Path | None) -> torch.Tensor:
     """Pixels like those of `real`, of the base model, or of it with the LoRA of `run`."""
-    device = pretrained.pick_device()
+    device = devices.pick_device()
     model = pretrained.load(None, torch.float32, device)
     if run:
         lora_file.load(model, run)
     per_class = len(real.prompts[0])
     prompts = [prompt for of_class in real.prompts for prompt in of_class]
     seeds = list(range(per_class)) * len(real.classes)  # the same noise for every class and row
-    dtype, _ = pretrained.pick_dtype("bf16", device)
+    dtype, _ = devices.pick_dtype("bf16", device)
     with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
         images = torch.stack(list(sample_images(model, prompts, seeds, batch_size=per_class)))
     return (images.permute(0, 3, 1, 2) / 127.5 - 1).unflatten(0, (len(real.classes), per_class))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_grad import decode_latents, sample_latents
-from medart_core import full_size, latents, lora, pretrained, trainable
+from medart_core import devices, full_size, latents, lora, trainable
 from medart_core.objectives import color_distribution_loss
 from medart_core.sampling import initial_noise
 from medart_core.text import encode_with_negative
@@ -162,7 +162,7 @@ def test_one_ordinary_and_one_hldf_step_on_the_cpu(shapes, x_rays, tmp_path):
     hldf, ordinary = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert "loss_color" in hldf and "loss_color" not in ordinary
     record = {
-        "shapes": shapes, "M": 2, "bf16_native": pretrained.bf16_is_native(CPU), "peak_rss_gb": round(peak_gb, 2),
+        "shapes": shapes, "M": 2, "bf16_native": devices.bf16_is_native(CPU), "peak_rss_gb": round(peak_gb, 2),
         "sec_per_step": ordinary["sec_per_step"], "sec_per_hldf_step": hldf["sec_per_hldf_step"],
     }  # fmt: skip
     print(json.dumps(record))

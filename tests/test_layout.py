@@ -18,7 +18,7 @@ MAX_FILE_BYTES = 15 * 2**20
 PACKAGES = {"medart_core", "diffusers_grad", "llava_next_captioner"}
 SHARED = PACKAGES | {"models", "train_options"}
 # These load TorchScript, of one known sha256 only.
-HASHED_BEFORE = {"medart_core/evaluation/inception.py", "tests/test_features.py"}
+HASHED_BEFORE = {"medart_core/evaluation/inception.py", "tests/test_evaluation_features.py"}
 NOT_OURS = {".venv", "dataset", "medart", "results", "build", "__pycache__"}  # where there is no git to ask
 
 
