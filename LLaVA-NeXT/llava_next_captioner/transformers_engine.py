@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
-from llava_next_captioner.decoding import FAMILIES, Prefill, Sampling, decode, gumbel_noise
+from llava_next_captioner.decoding import Prefill, Sampling, decode, gumbel_noise
 from llava_next_captioner.engines import Answer, CaptionerError, Request
+from llava_next_captioner.token_step import FAMILIES, TokenStep
 
 # The paper's names for what transformers reads under others.
 ALIASES = {"lmms-lab/llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf"}
@@ -21,7 +22,7 @@ class TransformersEngine:
     """A LLaVA-NeXT model from a folder or the hub; raises `CaptionerError` where there is none that it can run.
 
     By default in bf16 on CUDA, where there is a device, and else in fp32 on the CPU. `attn` is the prefill's kernel.
-    `top_k` lies between 1 and 1,000. `prefill_batch` prompts run through the model at once.
+    `prefill_batch` prompts run through the model at once.
     """
 
     def __init__(
@@ -40,8 +41,8 @@ class TransformersEngine:
     ):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        loaded, processor = load(ALIASES.get(model, model), dtype, device, attn)
         sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
+        loaded, processor = load(ALIASES.get(model, model), dtype, device, attn)
         self._set_up(model, loaded, processor, seed, sampling, prefill_batch)
 
     @classmethod
@@ -55,12 +56,6 @@ class TransformersEngine:
     def _set_up(
         self, name: str, loaded: Any, processor: Any, seed: int, sampling: Sampling, prefill_batch: int
     ) -> None:
-        if not 1 <= sampling.top_k <= 1000:
-            raise CaptionerError(f"top_k is {sampling.top_k}: give a number between 1 and 1000")
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_new_tokens < 1:
-            raise CaptionerError(
-                "the temperature must not be negative, top_p lie in (0, 1], max_new_tokens be 1 or more"
-            )
         text = loaded.config.text_config
         if text.model_type not in FAMILIES or getattr(text, "sliding_window", None):
             raise CaptionerError(f"{name} has a language model of kind {text.model_type}, which cannot be run here: "
@@ -68,8 +63,10 @@ class TransformersEngine:
         if not processor.chat_template:
             raise CaptionerError(f"{name} has no chat template: add chat_template.jinja to its folder")
         self.model, self.seed, self.sampling, self.prefill_batch = name, seed, sampling, prefill_batch
-        self._loaded, self._processor = loaded, processor
+        self._loaded, self._processor, self._token_step = loaded, processor, TokenStep(loaded)
         self.stop_ids = sorted(_stop_ids(loaded, processor.tokenizer))
+        if not self.stop_ids:
+            raise CaptionerError(f"{name} names no token that ends an answer: set eos_token in its tokenizer")
 
     def prepare(self, requests: Sequence[Request]) -> "TransformersChunk":
         """Cut up and tokenise on the CPU, which may go on in another thread; the model runs at the first `sample`."""
@@ -100,7 +97,7 @@ class TransformersEngine:
         prefill = Prefill.empty(model, lengths, self.sampling.max_new_tokens)
         for rows in lengths.argsort(stable=True).split(self.prefill_batch):
             batch = [inputs[row] for row in rows]
-            ids = nn.utils.rnn.pad_sequence([each.ids for each in batch], batch_first=True)
+            ids = nn.utils.rnn.pad_sequence([each.ids for each in batch], True, self.stop_ids[0])
             output = model.model(
                 input_ids=ids.to(model.device),
                 pixel_values=torch.cat([each.pixels for each in batch]).to(model.device, model.dtype),
@@ -144,7 +141,7 @@ class TransformersChunk:
         names = [(self._requests[index].name, attempt) for index, attempt in picks]
         noise = torch.stack([gumbel_noise(engine.seed, *name, engine.sampling) for name in names])
         rows = self._prefill.select([index for index, _ in picks])
-        written = decode(engine._loaded, rows, noise, engine.sampling, engine.stop_ids)
+        written = decode(engine._token_step, rows, noise, engine.sampling, engine.stop_ids)
         return [
             self._answer(self._requests[index].prefix, tokens)
             for (index, _), tokens in zip(picks, written, strict=True)
@@ -168,9 +165,9 @@ def load(model: str, dtype: torch.dtype, device: torch.device, attn: str = "sdpa
             raise CaptionerError(f"{model} is a model of kind {kind}, not llava_next")
         processor: Any = AutoProcessor.from_pretrained(model)
         loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(model, dtype=dtype, attn_implementation=attn)
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, CaptionerError):
-            raise
+    except CaptionerError:
+        raise
+    except Exception as error:  # a broken file is told by as many kinds of errors as there are libraries below
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CaptionerError(f"cannot load {model}: {first}") from error
     if processor.patch_size is None:  # left out in older conversions; prompts would come out with too few image tokens
