@@ -49,3 +49,15 @@ def test_the_meter_counts_operations_and_the_peak_of_living_tensors():
     assert counted["operations"] == 5  # ones, add, mul, sum, item; no view
     assert counted["peak_mb"] == 0.0  # 8 kB
     assert count(lambda: torch.ones(10**6) + torch.ones(10**6))["peak_mb"] == 12.0
+
+
+def test_the_quick_captioning_benchmark_counts_attempts_and_ends_with_json(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "vsg.py"), "--quick"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert document["attempts"] > document["images"] == 6
+    sides = {f"{side}, {dtype}" for side in ("plain loop", "chunks of 32") for dtype in ("float32", "bfloat16")}
+    assert sides < document["cases"].keys()
+    assert all(row["images_per_sec"] > 0 for row in document["cases"].values())
+    assert document["bars"]["captioning in float32, times faster"]["to_pass"] == 5

@@ -1,5 +1,7 @@
 """The transformers engine against stock generation, on a tiny LLaVA-NeXT with random weights."""
 
+import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, T5Config, T5ForConditionalGeneration
 
-from llava_next_captioner import Answer, CaptionerError, Request, TransformersEngine
+from llava_next_captioner import Answer, CaptionerError, Request, TransformersEngine, decoding
 from llava_next_captioner.decoding import Sampling, choose, gumbel_noise
 from llava_next_captioner.random_weights import PUBLISHED, byte_processor, random_engine, random_model
 from llava_next_captioner.shortening import T5Shortener
@@ -72,13 +74,15 @@ def test_greedy_answers_are_those_of_stock_generation(tiny, requests, prefix: st
     assert len({answer.tokens for answer in answers}) > 1  # or nothing is said about rows that stop
 
 
-def test_one_prefill_serves_all_attempts(tiny, requests) -> None:
+def test_one_prefill_serves_all_attempts(tiny, requests, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = engine(tiny).prepare(requests)
     together = shared.sample(each(requests, 3))
     apart = [engine(tiny).prepare([requests[index]]).sample([(0, attempt)])[0] for index, attempt in each(requests, 3)]
     assert together == apart
     assert shared.sample([(3, 2), (0, 1), (3, 0)]) == [together[11], together[1], together[9]]
     assert shared.sample([]) == []
+    monkeypatch.setitem(decoding.LOOK_EVERY, "cpu", 8)  # as on a GPU
+    assert shared.sample(each(requests, 3)) == together
     assert len({answer.text for answer in together}) == len(together)
     assert len({answer.tokens for answer in together}) > 3 and {answer.finished for answer in together} == {
         True,
@@ -138,8 +142,11 @@ def test_engine_from_a_folder(tiny, requests, tmp_path: Path) -> None:
     assert [answer.tokens <= 3 for answer in half.prepare(requests).sample(each(requests))] == [True] * len(requests)
 
     T5Config().save_pretrained(tmp_path / "t5")
+    shutil.copytree(tmp_path / "tiny", tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "model.safetensors", 5000)
     for model, settings, message in [
         (tmp_path / "absent", {}, "cannot load"),
+        (tmp_path / "cut", {}, "cannot load"),
         (tmp_path / "t5", {}, "is a model of kind t5"),
         (tmp_path / "tiny", {"attn": "eager"}, "choose from sdpa"),
         (tmp_path / "tiny", {"top_k": 0}, "top_k is 0"),
@@ -150,7 +157,7 @@ def test_engine_from_a_folder(tiny, requests, tmp_path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_published_shapes() -> None:
+def test_published_shapes(tiny, requests, monkeypatch: pytest.MonkeyPatch) -> None:
     published = PUBLISHED["llama3-llava-next-8b"]
     model = random_model(LlavaNextConfig(**published), dtype=torch.bfloat16, device="meta")
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -158,6 +165,15 @@ def test_published_shapes() -> None:
     assert round(count / 1e9, 2) == 8.36
     with pytest.raises(CaptionerError, match="choose from llama3-llava-next-8b"):
         random_engine("llama4")
+    config = tiny[0].config
+    shapes = {name: getattr(config, name) for name in ("text_config", "vision_config", "image_grid_pinpoints")}
+    monkeypatch.setitem(PUBLISHED, "tiny", shapes)
+    same, other = (random_engine("tiny", seed=seed, sampling=Sampling(max_new_tokens=5)) for seed in (0, 1))
+    assert same.model == "random-weights/tiny" and same._loaded.dtype == torch.bfloat16
+    pairs = zip(same._loaded.parameters(), tiny[0].parameters(), strict=True)
+    assert all(ours.isfinite().all() and ours.shape == theirs.shape for ours, theirs in pairs)
+    assert [answer.tokens for answer in same.prepare(requests).sample(each(requests))] == [5] * len(requests)
+    assert not torch.equal(same._loaded.lm_head.weight, other._loaded.lm_head.weight)
 
 
 def test_t5_shortener(tmp_path: Path) -> None:

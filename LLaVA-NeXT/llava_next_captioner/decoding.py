@@ -1,19 +1,15 @@
-"""Sampling from one prefill, as often as it takes: cache, one-token step and Gumbel-max choice for a Llama.
-
-The step runs the language model's own modules, without what a general forward pass does around them for each token.
-"""
+"""Sampling from one prefill, as often as it takes: the cache, the choice of tokens and the loop over them."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from llava_next_captioner.engines import stream_seed
+from llava_next_captioner.token_step import Cache, TokenStep
 
-# Attention layers made of q_proj, k_proj, v_proj, o_proj and rotary positions, which is what `_step` relies on.
-FAMILIES = ("llama", "mistral", "qwen2")
+LOOK_EVERY = {"cpu": 1}  # steps after which it is asked who has stopped; elsewhere that means to wait for the device
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Prefill:
     written to again and again. `lengths` (B,) are the prompts', `logits` (B, vocabulary) the first new token's.
     """
 
-    cache: list[tuple[Tensor, Tensor]]
+    cache: Cache
     lengths: Tensor
     logits: Tensor
     longest: int
@@ -103,22 +99,23 @@ def choose(logits: Tensor, noise: Tensor, sampling: Sampling) -> Tensor:
 
 
 @torch.inference_mode()
-def decode(model: Any, prefill: Prefill, noise: Tensor, sampling: Sampling, stop_ids: list[int]) -> list[list[int]]:
+def decode(
+    token_step: TokenStep, prefill: Prefill, noise: Tensor, sampling: Sampling, stop_ids: list[int]
+) -> list[list[int]]:
     """Continue each row of `prefill` until a token of `stop_ids` or `max_new_tokens`; the stop is part of the result.
 
     `noise` is (B, max_new_tokens, top_k). Rows that have stopped leave the batch once they are half of it.
     """
-    language_model = model.model.language_model
     device = prefill.lengths.device
     stops = torch.tensor(stop_ids, device=device)
     steps = torch.arange(sampling.max_new_tokens, device=device)
-    cos, sin = language_model.rotary_emb(prefill.logits, prefill.lengths[:, None] + steps)
+    cos, sin = token_step.rotations(prefill.lengths[:, None] + steps)
     mask, cache, noise = prefill.mask(), prefill.cache, noise.to(device)
     rows = torch.arange(len(noise), device=device)
     stopped = torch.zeros(len(noise), dtype=torch.bool, device=device)
     written = torch.full((len(noise), sampling.max_new_tokens), -1, dtype=torch.long, device=device)
     logits = prefill.logits
-    look_every = 1 if device.type == "cpu" else 8  # to look is to wait for the device
+    look_every = LOOK_EVERY.get(device.type, 8)
     for step in range(sampling.max_new_tokens):
         tokens = choose(logits, noise[:, step], sampling)
         written[rows, step] = tokens.masked_fill(stopped, -1)
@@ -133,37 +130,5 @@ def decode(model: Any, prefill: Prefill, noise: Tensor, sampling: Sampling, stop
                 rows, stopped, tokens, noise = rows[going], stopped[going], tokens[going], noise[going]
                 cos, sin, mask = cos[going], sin[going], None if mask is None else mask[going]
                 cache = [(keys[going], values[going]) for keys, values in cache]
-        hidden = _step(language_model, tokens, cache, prefill.longest + step, cos[:, step], sin[:, step], mask)
-        logits = model.lm_head(hidden)
+        logits = token_step(tokens, cache, prefill.longest + step, cos[:, step], sin[:, step], mask)
     return [[token for token in row if token >= 0] for row in written.tolist()]
-
-
-def _step(
-    language_model: Any,
-    tokens: Tensor,
-    cache: list[tuple[Tensor, Tensor]],
-    place: int,
-    cos: Tensor,
-    sin: Tensor,
-    mask: Tensor | None,
-) -> Tensor:
-    """Write `tokens` (B,) into the cache at `place`; the last hidden state (B, size) of each row."""
-    hidden = language_model.embed_tokens(tokens)
-    seen = None if mask is None else mask[..., : place + 1]
-    for layer, (keys, values) in zip(language_model.layers, cache, strict=True):
-        attention = layer.self_attn
-        heads = (len(tokens), -1, attention.head_dim)
-        normed = layer.input_layernorm(hidden)
-        query, key = attention.q_proj(normed).view(heads), attention.k_proj(normed).view(heads)
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        keys[..., place] = key
-        values[:, :, place] = attention.v_proj(normed).view(heads)
-        # The query heads that share a key head stand where a sequence of queries would: nothing is repeated.
-        grouped = query.view(len(tokens), keys.shape[1], -1, attention.head_dim)
-        scores = grouped @ keys[..., : place + 1]
-        scores = scores * attention.scaling if seen is None else torch.add(seen, scores, alpha=attention.scaling)
-        shares = scores.softmax(-1, dtype=torch.float32).to(hidden.dtype)
-        attended = shares @ values[:, :, : place + 1]
-        hidden = hidden + attention.o_proj(attended.reshape(len(tokens), -1))
-        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-    return language_model.norm(hidden)

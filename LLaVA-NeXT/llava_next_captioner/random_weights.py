@@ -27,7 +27,6 @@ CHAT_TEMPLATE = (
     "{% if part.type == 'image' %}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|eot_id|>"
     "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
-GRID = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 # Llama 3 8B with 64 more rows for the image token, CLIP ViT-L/14 at 336 px.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "llama3-llava-next-8b": {
@@ -40,7 +39,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=336,
             patch_size=14, projection_dim=768,
         ),
-        "image_grid_pinpoints": GRID,
+        "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
     }
 }  # fmt: skip
 
@@ -51,8 +50,9 @@ def random_engine(name: str = "llama3-llava-next-8b", *, seed: int = 0, dtype: t
     """An engine of a published model's shapes: its tokens are bytes, and what it says is noise of full length."""
     if name not in PUBLISHED:
         raise CaptionerError(f"the shapes of {name} are not known: choose from {', '.join(PUBLISHED)}")
-    processor = byte_processor(PUBLISHED[name]["vision_config"], GRID)
-    config = LlavaNextConfig(**PUBLISHED[name], image_token_index=processor.image_token_id)
+    shapes = PUBLISHED[name]
+    processor = byte_processor(shapes["vision_config"], shapes["image_grid_pinpoints"])
+    config = LlavaNextConfig(**shapes, image_token_index=processor.image_token_id)
     model = random_model(config, seed=seed, dtype=dtype, device=device, attn=attn)
     return TransformersEngine.of(f"random-weights/{name}", model, processor, seed, sampling, prefill_batch)
 

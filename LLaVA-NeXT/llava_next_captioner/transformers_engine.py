@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoProcessor, LlavaNextForConditionalGeneration
 
-from llava_next_captioner.decoding import FAMILIES, Prefill, Sampling, decode, gumbel_noise
+from llava_next_captioner.decoding import Prefill, Sampling, decode, gumbel_noise
 from llava_next_captioner.engines import Answer, CaptionerError, Request
+from llava_next_captioner.token_step import FAMILIES, TokenStep
 
 # The paper's names for what transformers reads under others.
 ALIASES = {"lmms-lab/llama3-llava-next-8b": "llava-hf/llama3-llava-next-8b-hf"}
@@ -68,7 +69,7 @@ class TransformersEngine:
         if not processor.chat_template:
             raise CaptionerError(f"{name} has no chat template: add chat_template.jinja to its folder")
         self.model, self.seed, self.sampling, self.prefill_batch = name, seed, sampling, prefill_batch
-        self._loaded, self._processor = loaded, processor
+        self._loaded, self._processor, self._token_step = loaded, processor, TokenStep(loaded)
         self.stop_ids = sorted(_stop_ids(loaded, processor.tokenizer))
 
     def prepare(self, requests: Sequence[Request]) -> "TransformersChunk":
@@ -144,7 +145,7 @@ class TransformersChunk:
         names = [(self._requests[index].name, attempt) for index, attempt in picks]
         noise = torch.stack([gumbel_noise(engine.seed, *name, engine.sampling) for name in names])
         rows = self._prefill.select([index for index, _ in picks])
-        written = decode(engine._loaded, rows, noise, engine.sampling, engine.stop_ids)
+        written = decode(engine._token_step, rows, noise, engine.sampling, engine.stop_ids)
         return [
             self._answer(self._requests[index].prefix, tokens)
             for (index, _), tokens in zip(picks, written, strict=True)
@@ -168,9 +169,9 @@ def load(model: str, dtype: torch.dtype, device: torch.device, attn: str = "sdpa
             raise CaptionerError(f"{model} is a model of kind {kind}, not llava_next")
         processor: Any = AutoProcessor.from_pretrained(model)
         loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(model, dtype=dtype, attn_implementation=attn)
-    except (OSError, ImportError, ValueError) as error:
-        if isinstance(error, CaptionerError):
-            raise
+    except CaptionerError:
+        raise
+    except Exception as error:  # a broken file is told by as many kinds of errors as there are libraries below
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CaptionerError(f"cannot load {model}: {first}") from error
     if processor.patch_size is None:  # left out in older conversions; prompts would come out with too few image tokens
