@@ -30,7 +30,10 @@ def image_grid(
     for line, row in enumerate(rows):
         y = top + line * (cell_height + MARGIN)
         if row_names:
-            draw.multiline_text((MARGIN, y + 4), "\n".join(textwrap.wrap(row_names[line], 17)), GREY, font)
+            wrapped, room = textwrap.wrap(row_names[line], 17), max(cell_height // TEXT_HEIGHT, 1)
+            if len(wrapped) > room:  # a long caption would run into the next row's
+                wrapped[room - 1 :] = [f"{wrapped[room - 1][:14]}..."]
+            draw.multiline_text((MARGIN, y + 4), "\n".join(wrapped), GREY, font)
         for column, image in enumerate(row):
             if image.size != (cell, cell_height):
                 image = image.resize((cell, cell_height), Image.Resampling.BICUBIC)

@@ -4,6 +4,7 @@ import csv
 import http.server
 import json
 import random
+import shutil
 import signal
 import struct
 import sys
@@ -27,6 +28,7 @@ from llava_next_captioner.engines import Answer, CaptionerError
 from llava_next_captioner.random_weights import byte_processor, random_model
 from medart_core import captioners, captioning, errors, journal, training_data
 from medart_core.metadata import read_metadata
+from medart_core.pictures import caption_sheet, image_grid
 
 LABELS = ("normal lungs", "bacterial pneumonia", "viral pneumonia")
 HOSTILE = 'a "quoted", comma\nline\r\nlone\rreturn \u202eright-to-left\u202c שלום 😀 \u2028 nul \0 end'
@@ -530,6 +532,17 @@ def test_one_vsg_at_a_time_in_a_folder(tmp_path) -> None:
 # --- Which set, which model ---
 
 
+@pytest.mark.skipif(not (VSG.ROOT / captioners.NANO).is_dir(), reason="the bundled captioner is not there")
+def test_the_bundled_captioner_describes_x_rays(vsg, x_rays, tmp_path) -> None:
+    folder = tmp_path / "train"
+    shutil.copytree(x_rays, folder)
+    (folder / "metadata.csv").rename(folder / "raw.csv")
+    code, said = vsg(folder, "--max-fallback=0.2", real=True)
+    assert code == 0, said
+    assert sum(item["outcome"] == "accepted" for item in entries(folder)) >= 10
+    assert len({item["text"] for item in entries(folder)}) >= 9  # it looks at the images
+
+
 def test_a_server_is_asked(vsg, tmp_path) -> None:
     asked = []
 
@@ -639,6 +652,15 @@ def test_kvasir_is_the_default_where_it_is_prepared(vsg, monkeypatch, tmp_path) 
 
 
 # --- Parts ---
+
+
+def test_long_captions_stay_in_their_place() -> None:
+    image = Image.new("RGB", (64, 64))
+    grids = [image_grid([[image], [image]], row_names=[name, "short"], cell=64) for name in ("x", "long words " * 40)]
+    assert np.array_equal(*(np.asarray(grid)[72:, :120] for grid in grids))
+    few, many = (caption_sheet([image] * 4, ["short"] * 3 + [caption]) for caption in ("word", "a long word " * 80))
+    assert many.height > few.height and many.width == few.width
+    assert np.asarray(many)[-10:].min() == 255  # a margin below the last line
 
 
 def test_work_in_advance_keeps_the_order_and_its_distance() -> None:
