@@ -43,7 +43,7 @@ def parse_options() -> argparse.Namespace:
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint (default: the published DiT-XL/2)")
     model.add_argument("--num-classes", type=int, metavar="N", help="DiT's classes (default: as the checkpoint)")
     model.add_argument(
-        "--vae", default="ema", metavar="NAME", help="DiT's decoder: ema (default), mse, nano, a folder"
+        "--vae", metavar="NAME", help="DiT's decoder: ema, mse, nano, a folder (default: ema, or as in training)"
     )
     model.add_argument("--lora", type=Path, metavar="PATH", help="draw from PixArt with this LoRA")
     model.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="its strength (default: 1)")
@@ -93,7 +93,8 @@ def dit_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.de
     )
     mark = fingerprint(model)
     side = model.input_size * dit_checkpoint.VAE_SCALE_FACTOR
-    vae = pretrained.load_vae(options.vae, torch.float32, device)
+    decoder = weights.vae(options.vae, "ema")
+    vae = pretrained.load_vae(decoder, torch.float32, device)
     model.to(device, dtype)
     if options.compile:
         model.compile_blocks()
@@ -112,7 +113,7 @@ def dit_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.de
 
     name = options.model or weights.args.get("model") or dit_checkpoint.PUBLISHED
     ckpt = options.ckpt.stem if options.ckpt else "pretrained"
-    facts = f"size-{side}-vae-{Path(options.vae).name}-cfg-{scale}-seed-{options.global_seed}"
+    facts = f"size-{side}-vae-{Path(decoder).name}-cfg-{scale}-seed-{options.global_seed}"
     names = weights.args.get("class_names") or [""] * model.num_classes
     table = [{"label": label, "name": names[label]} for label in labels]
     return Source(f"{name.replace('/', '-')}-{ckpt}-{facts}", (side, side), settings, table, draw)

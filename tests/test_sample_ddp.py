@@ -318,7 +318,7 @@ def test_published_defaults(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sample_ddp.py"])
     options = vars(sample_ddp.parse_options())
     expected = {
-        "sample_dir": Path("samples"), "per_proc_batch_size": 32, "num_fid_samples": 50_000, "vae": "ema",
+        "sample_dir": Path("samples"), "per_proc_batch_size": 32, "num_fid_samples": 50_000,
         "global_seed": 0, "tf32": True, "ckpt": None, "sampler": "ddpm",
     }  # fmt: skip
     assert {name: options[name] for name in expected} == expected
