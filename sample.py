@@ -67,7 +67,7 @@ def parse_options() -> argparse.Namespace:
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint (default: the published DiT-XL/2)")
     model.add_argument("--num-classes", type=int, metavar="N", help="DiT's classes (default: as the checkpoint)")
     model.add_argument(
-        "--vae", default="mse", metavar="NAME", help="DiT's decoder: mse (default), ema, nano, a folder"
+        "--vae", metavar="NAME", help="DiT's decoder: mse, ema, nano, a folder (default: mse, or as in training)"
     )
     model.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add_sampler(parser)
@@ -206,7 +206,7 @@ def order_dit(options: argparse.Namespace, dtype: torch.dtype, device: torch.dev
     labels = [label for label in classes for _ in range(options.num_images or 1)]
     images = dit_sampling.sample_images(
         model.to(device, dtype),
-        pretrained.load_vae(options.vae, torch.float32, device),
+        pretrained.load_vae(weights.vae(options.vae, "mse"), torch.float32, device),
         labels,
         range(len(labels)),
         seed=options.seed,

@@ -116,11 +116,11 @@ class ImageNpz:
     def write(self, row: int, images: Tensor) -> None:
         """Write (n, H, W, 3) uint8 images as the rows from `row` on."""
         pixels = images.contiguous().numpy()
-        with open(self.part, "r+b", buffering=0) as file:
+        with open(self.part, "r+b") as file:
             file.seek(self.start + row * self.row_bytes)
             file.write(pixels.data)
         entries = np.array([zlib.crc32(image.data) + THERE for image in pixels], np.uint64)
-        with open(self.journal, "r+b", buffering=0) as file:
+        with open(self.journal, "r+b") as file:
             file.seek(8 * row)
             file.write(entries.data)
 
