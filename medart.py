@@ -45,7 +45,7 @@ from medart_core import (
 from medart_core.denoising import denoising_loss, validation_loss
 from medart_core.errors import UserError, exit_codes
 from medart_core.medart_options import FREE_ON_RESUME, MedArtOptions, image_sides
-from medart_core.objectives import color_distribution_loss, color_report
+from medart_core.objectives import COLOR_LOSSES, color_report
 from medart_core.options import parse
 from medart_core.overlay import content_mask
 from medart_core.pretrained import PixArt
@@ -86,9 +86,9 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     before = lora.gradients(parameters)
     pretrained.set_gradient_checkpointing(model, opts.hldf_checkpointing != "none")
     with accelerator.autocast():
-        generated = sample_with_gradient(model, captions, real.shape[-2:], draws, opts)
+        generated = sample_with_gradient(model, opts.repeated(captions), real.shape[-2:], draws, opts)
     masks = [content_mask(images) for images in (generated, real)] if opts.mask_overlay else []
-    loss = color_distribution_loss(generated, real, *masks)
+    loss = COLOR_LOSSES[opts.color_loss](generated, real, *masks)
     weight = 1 / opts.M_times if opts.color_loss_weight is None else opts.color_loss_weight
     if loss.requires_grad:
         (weight * loss).backward()
@@ -136,7 +136,7 @@ def train(opts: MedArtOptions, accelerator: Accelerator, run: Run, dataset, held
 
             # 2. HLDF at every N-th step: the colours of a sampled image, through the decoder and all M steps.
             if not opts.no_hldf and step % opts.N_steps == 0:
-                draws = SharedDraws((opts.seed, ROLLOUT, step), opts.hldf_batch_size, rank, num_processes)
+                draws = SharedDraws((opts.seed, ROLLOUT, step), opts.hldf_images, rank, num_processes)
                 entry |= color_gradient(model, batch, dataset, draws, run.parameters, accelerator, opts)
                 parts.append(("colour loss", entry["loss_color"], dataset.sources(batch)[: opts.hldf_batch_size]))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from diffusers_grad import GRADIENT_MODES
 from medart_core import quantization
 from medart_core.errors import UserError
+from medart_core.objectives import COLOR_LOSSES, ROLLOUTS
 from medart_core.options import option
 from medart_core.plan import PRESETS
 
@@ -94,6 +95,10 @@ class MedArtOptions:
     mask_overlay: bool = option(
         False, "HLDF", "leave black borders and the green inset of endoscopes out of the colours"
     )
+    color_loss: str = option(
+        "paper", "HLDF", "the published squares, which also reward images of one colour, or the unbiased distance of "
+        "colour distributions from two rollouts per prompt", tuple(COLOR_LOSSES),
+    )  # fmt: skip
     color_loss_weight: float | None = option(None, "HLDF", "weight of the colour loss (default: 1 / M_times)")
 
     train_batch_size: int = option(1, "training", "images per process and micro-batch")
@@ -151,6 +156,15 @@ class MedArtOptions:
         if self.hldf_checkpointing is None:
             self.hldf_checkpointing = "nested" if self.gradient_checkpointing else "none"
 
+    @property
+    def hldf_images(self) -> int:
+        """Images that HLDF samples at a time, per process."""
+        return self.hldf_batch_size * ROLLOUTS[self.color_loss]
+
+    def repeated(self, captions: list[str]) -> list[str]:
+        """Each caption as often as HLDF samples an image of it."""
+        return [caption for caption in captions for _ in range(ROLLOUTS[self.color_loss])]
+
     def memory_options(self) -> dict[str, typing.Any]:
         """What `plan.predict` needs to know of a run, but for its dtype."""
         k, steps = self.hldf_k, self.M_times
@@ -167,7 +181,7 @@ class MedArtOptions:
             "gradient_checkpointing": self.gradient_checkpointing,
             "hldf": not self.no_hldf,
             "hldf_checkpointing": self.hldf_checkpointing,
-            "hldf_batch_size": self.hldf_batch_size,
+            "hldf_batch_size": self.hldf_images,
             "graph_steps": graph_steps[self.hldf_gradient],
         }
 

@@ -88,11 +88,12 @@ def color_energy_loss(
     in pixel values: an error e pulls with 1, where the squared loss pulls with 2 e.
 
     Args:
-        generated: (2 B, 3, H, W): images i and B + i are two rollouts of the prompt of `real[i]`.
+        generated: (2 B, 3, H, W): images 2 i and 2 i + 1 are two rollouts of the prompt of `real[i]`.
         real: (B, 3, H', W') in [-1, 1].
         generated_mask, real_mask: (2 B, 1, H, W) and (B, 1, H', W') bool, the pixels that count; all by default.
     """
-    one, other = torch.cat(color_statistics(generated, generated_mask), dim=1).chunk(2)  # (B, 6) each
+    rollouts = torch.cat(color_statistics(generated, generated_mask), dim=1)
+    one, other = rollouts[0::2], rollouts[1::2]  # (B, 6) each
     target = torch.cat(color_statistics(real, real_mask), dim=1)
     sides = [torch.linalg.vector_norm(a - b, dim=1) for a, b in ((one, target), (other, target), (one, other))]
     return (sides[0] + sides[1] - sides[2]).mean() / 2

@@ -44,6 +44,8 @@ def test_it_tells_unseen_patients_apart(embedding):
     assert figures["reid_accuracy"].n_real == 80 and figures["reid_accuracy"].floor == 0.5
     assert "80 patients with several images to learn from, 40 unseen" in figures["reid_auroc"].note
     assert 0 <= (figures["reid_matches"].floor or 0) <= 0.15
+    assert value(figures["reid_copy_sensitivity"]) > 0.8 < value(figures["reid_sensitivity"])
+    assert "recognises" in figures["reid_matches"].note
 
 
 def test_other_images_of_training_patients_are_matched_first(embedding):

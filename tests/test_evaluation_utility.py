@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 
-from medart_core.errors import UserError
 from medart_core.evaluation import utility
 from medart_core.evaluation.measured import Measured
 from medart_core.evaluation.utility import Examples
@@ -96,7 +95,9 @@ def test_intervals_take_whole_patients():
     assert width(20, [row // 20 for row in range(400)]) == width(1, None) > 3 * width(20, None)
 
 
-def test_a_class_without_generated_images_is_refused():
+def test_without_generated_images_of_a_class_the_reason_is_given():
     images, labels, _ = bars(40, 2)
-    with pytest.raises(UserError, match="no image is labelled 'b'"):
-        utility.utility(bars(60, 0), bars(40, 1), Examples(images[::2], labels[::2]), seeds=(0,), steps=2)
+    only_a = Examples(images[::2], labels[::2])
+    figures = utility.utility(bars(60, 0), bars(40, 1), only_a, seeds=(0,), steps=2)
+    assert figures.keys() == {"utility_ratio"} and figures["utility_ratio"].value is None
+    assert "synthetic images: no image is labelled 'b'" in figures["utility_ratio"].note

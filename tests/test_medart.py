@@ -177,10 +177,25 @@ def test_hldf_runs_once_per_optimiser_step_not_per_micro_batch(run, flags, tmp_p
 
 def test_the_colour_loss_weight_does_not_depend_on_the_number_of_images(run, flags, tmp_path, monkeypatch):
     weights = []
-    monkeypatch.setattr(medart, "color_distribution_loss", lambda g, r: weights.append(len(g)) or (g * 0 + g).mean())
+    monkeypatch.setitem(medart.COLOR_LOSSES, "paper", lambda g, r: weights.append(len(g)) or (g * 0 + g).mean())
     for size in (1, 2):
         run(*flags, "--max_train_steps=1", f"--hldf_batch_size={size}", f"--output_dir={tmp_path / str(size)}")
     assert weights == [1, 2]
+
+
+def test_the_unbiased_colour_loss_samples_every_prompt_twice_and_trains(run, flags, tmp_path, monkeypatch):
+    """Rollouts of a prompt stand side by side, so that processes draw the noise that a single one would."""
+    calls = []
+    real = medart.sample_with_gradient
+    monkeypatch.setattr(medart, "sample_with_gradient", lambda model, *a: calls.append(a) or real(model, *a))
+    extra = ["--color_loss=unbiased", "--hldf_batch_size=2", "--max_train_steps=1", "--mask_overlay"]
+    run(*flags, *extra, f"--output_dir={tmp_path / 'out'}")
+    [(captions, _, draws, _)] = calls
+    assert captions[0::2] == captions[1::2] and len(captions) == draws.total == 4
+    entry = entries(tmp_path / "out")[0]
+    assert entry["loss_color"] > 0 and entry["grad_norm_hldf"] > 0
+    assert MedArtOptions(color_loss="unbiased").repeated(["a", "b"]) == ["a", "a", "b", "b"]
+    assert MedArtOptions(color_loss="unbiased").memory_options()["hldf_batch_size"] == 2
 
 
 def test_mask_overlay_leaves_a_black_border_out_of_the_colours_and_trains(run, flags, tmp_path):

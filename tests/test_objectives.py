@@ -97,14 +97,16 @@ def test_energy_loss_is_that_of_two_normal_distributions(shift, spread):
     both = math.hypot(spread, real_spread)
     across = both * math.sqrt(2 / math.pi) * math.exp(-(shift**2) / (2 * both**2))
     across += shift * math.erf(shift / (both * math.sqrt(2)))
-    assert loss.item() == pytest.approx(across - spread / math.sqrt(math.pi), abs=2e-3)
+    assert loss.item() == pytest.approx(across - spread / math.sqrt(math.pi), abs=5e-3)
 
 
 def test_energy_loss_takes_means_and_stds_as_one_vector():
     generated, real = torch.randn(4, 3, 5, 7), torch.randn(2, 3, 4, 4)
     x, y = ([torch.cat([image.mean((1, 2)), image.flatten(1).std(1)]) for image in side] for side in (generated, real))
-    terms = [((x[i] - y[i]).norm() + (x[i + 2] - y[i]).norm() - (x[i] - x[i + 2]).norm()) / 2 for i in range(2)]
-    assert color_energy_loss(generated, real).item() == pytest.approx(sum(terms).item() / 2, rel=1e-5)
+    expected = 0.0
+    for one, other, target in zip(x[0::2], x[1::2], y, strict=True):
+        expected += ((one - target).norm() + (other - target).norm() - (one - other).norm()).item() / 2
+    assert color_energy_loss(generated, real).item() == pytest.approx(expected / 2, rel=1e-5)
 
 
 def test_the_paper_loss_shrinks_the_spread_of_colours_and_the_energy_loss_finds_the_real_one():
@@ -129,7 +131,7 @@ def test_the_paper_loss_shrinks_the_spread_of_colours_and_the_energy_loss_finds_
 
 def test_energy_loss_of_equal_images_is_zero_with_a_finite_gradient():
     real = torch.rand(2, 3, 8, 8)
-    generated = real.repeat(2, 1, 1, 1).requires_grad_()
+    generated = real.repeat_interleave(2, dim=0).requires_grad_()
     loss = color_energy_loss(generated, real)
     loss.backward()
     assert loss.item() == 0 and generated.grad is not None and generated.grad.isfinite().all()

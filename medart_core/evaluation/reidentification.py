@@ -31,6 +31,7 @@ DIMENSIONS, TEMPERATURE = 64, 0.1
 STEPS, LEARNING_RATE, WEIGHT_DECAY = 400, 2e-3, 0.05
 CHANCE_MATCHES = 0.05  # share of unknown patients' images that the threshold takes for a training patient's
 MIN_PATIENTS = 20  # with several images each
+FIGURES = ("reid_accuracy", "reid_auroc", "reid_sensitivity", "reid_copy_sensitivity", "reid_matches")
 
 
 def patients_of(names: Sequence[str]) -> list[str] | None:
@@ -160,6 +161,8 @@ def reidentify(
         `reid_matches`: share of generated images that are more similar to a training image than 95 % of the held-out
             images are; the floor is that share of held-out images, with the threshold from other patients.
         `reid_sensitivity`: share of the held-out patients with several images whom this threshold would recognise.
+        `reid_copy_sensitivity`: share of held-out images that it would recognise when they are turned, moved and
+            brightened a little.
         The matches, most similar first; `distance` is 1 minus the cosine similarity.
     """
     members, vectors, known = _members(held_out), embedding(held_out.images), embedding(train.images)
@@ -168,7 +171,7 @@ def reidentify(
     if count < MIN_PATIENTS:
         why = f"{count} held-out patients have several images; to know what the network can do takes {MIN_PATIENTS}"
         nothing = Measured(None, n_generated=n, n_real=len(known), note=why)
-        return dict.fromkeys(("reid_accuracy", "reid_auroc", "reid_sensitivity", "reid_matches"), nothing), []
+        return dict.fromkeys(FIGURES, nothing), []
     note = f"{embedding.facts['patients']} patients with several images to learn from, {count} unseen ones to test on"
 
     limits = _from_other_half(np.stack([same, other], axis=1), np.arange(count) % 2, _best_threshold)
@@ -181,19 +184,23 @@ def reidentify(
     half_of_row = np.zeros(len(own), dtype=int)
     half_of_row[[row for rows in members[1::2] for row in rows]] = 1
     by_chance = float((own > _from_other_half(own, half_of_row, _match_threshold)).mean())
-    recognised = int((same > limit).sum())
-    sensitivity = Measured(
-        recognised / count, *shares.interval(recognised, count), 0, count, note=f"similarity above {limit:.3f}"
-    )
+    told = f"similarity above {limit:.3f}"
+    to_copies = (vectors * embedding(_altered(held_out.images))).sum(axis=1)
+    recognised, copies = int((same > limit).sum()), int((to_copies > limit).sum())
+    sensitivity = Measured(recognised / count, *shares.interval(recognised, count), 0, count, note=told)
+    copied = Measured(copies / len(own), *shares.interval(copies, len(own)), 0, len(own), note=told)
     found, index = _most_similar(embedding(generated), known)
     order = [row for row in np.argsort(-found, kind="stable").tolist() if found[row] > limit]
     matches = [Pair(row, int(index[row]), float(1 - found[row])) for row in order]
-    share = Measured(
-        len(matches) / n, *shares.interval(len(matches), n), n, len(known), by_chance,
-        note=f"similarity above {limit:.3f}; of unseen patients it recognises {recognised / count:.0%}",
-    )  # fmt: skip
-    names = ("reid_accuracy", "reid_auroc", "reid_sensitivity", "reid_matches")
-    return dict(zip(names, (accuracy, area, sensitivity, share), strict=True)), matches
+    told += f"; it recognises {recognised / count:.0%} of unseen patients and {copies / len(own):.0%} of copies"
+    share = Measured(len(matches) / n, *shares.interval(len(matches), n), n, len(known), by_chance, note=told)
+    return dict(zip(FIGURES, (accuracy, area, sensitivity, copied, share), strict=True)), matches
+
+
+def _altered(images: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8, each turned, moved and brightened a little."""
+    pixels = small_resnet.augment(small_resnet.network_input(images), generator(0, AUGMENTATION))
+    return ((pixels + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def _verification_scores(

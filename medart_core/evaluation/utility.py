@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from medart_core.errors import UserError
 from medart_core.evaluation import classifier
 from medart_core.evaluation.measured import Measured
 from medart_core.evaluation.small_resnet import BATCH
@@ -101,23 +102,24 @@ def utility(
 
     Returns:
         `utility_{real,synthetic,both}_{balanced_accuracy,macro_f1,auroc,recall_CLASS}` in [0, 1], each with the value
-        of real training images as its floor, and `utility_ratio`, the balanced accuracy of synthetic over real.
-
-    Raises:
-        UserError: if a class has no images, or too few of them, in one of the training sets.
+        of real training images as its floor, and `utility_ratio`, the balanced accuracy of synthetic over real. Only
+        the latter, with the reason, if a class has no images, or too few of them, in one of the training sets.
     """
     classes = sorted(set(real_train.labels))
     targets = classifier.numbers(real_test.labels, classes).numpy()
     arms = {"real": real_train, "synthetic": synthetic, "both": _together(real_train, synthetic)}
-    work = [(arm, seed) for arm in arms for seed in seeds]
+    work = [(arm, seed) for seed in seeds for arm in arms]
     probabilities: dict[str, list[np.ndarray]] = {arm: [] for arm in arms}
     for arm, seed in tqdm(work, "utility", disable=not show_progress):
         images, labels, groups = arms[arm]
         epochs = math.ceil(steps / max(1, len(labels) * 4 // 5 // BATCH))
-        fitted = classifier.fit(
-            images, labels, classes=classes, seed=APART + seed, epochs=epochs, device=device, groups=groups,
-            side=images.shape[-1],
-        )  # fmt: skip
+        try:
+            fitted = classifier.fit(
+                images, labels, classes=classes, seed=APART + seed, epochs=epochs, device=device, groups=groups,
+                side=images.shape[-1],
+            )  # fmt: skip
+        except UserError as error:
+            return {"utility_ratio": Measured(None, note=f"{arm} images: {error}")}
         probabilities[arm].append(fitted.predict(real_test.images).numpy())
     return _measure(probabilities, targets, classes, real_test.groups, len(real_train.labels), len(synthetic.labels))
 
