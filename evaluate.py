@@ -126,7 +126,8 @@ def run_facts(options: argparse.Namespace, sets: Mapping[str, ImageSet]) -> dict
     """What a reader needs to repeat the run."""
     facts: dict[str, Any] = {"generated": str(options.generated), "real": str(options.real)}
     for side, found in sets.items():
-        facts |= {f"{side}_images": len(found), f"{side}_sha256": found.sha256}
+        resized = sum(size != found.size for size in found.sizes) if found.size else 0
+        facts |= {f"{side}_images": len(found), f"{side}_resized": resized, f"{side}_sha256": found.sha256}
     facts |= {"size": list(images.one_size(sets["generated"])), "resamples": options.resamples, "seed": options.seed}
     return facts | {"torch": torch.__version__, "numpy": np.__version__}
 

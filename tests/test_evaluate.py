@@ -126,7 +126,7 @@ sys.exit(evaluate.main())
 def test_two_processes_report_what_one_does(sets, tmp_path: Path) -> None:
     (tmp_path / "worker.py").write_text(WORKER)
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    env |= {"OMP_NUM_THREADS": "1"}
+    env |= {"OMP_NUM_THREADS": "1"}  # more threads may change the last bits
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     for name, launcher in (("one", []), ("two", torchrun)):
         arguments = map(str, between(sets, tmp_path / name, "--train", sets["train"]))
@@ -190,6 +190,7 @@ def test_extractor_of_the_domain_and_usefulness(sets, tmp_path: Path, monkeypatc
 
 
 def test_refusals(sets, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "none.pt")
     prepared = tmp_path / "prepared"
     write_set(prepared / "train", 4, 9)
     (prepared / "split.json").touch()

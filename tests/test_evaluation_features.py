@@ -134,6 +134,9 @@ def test_other_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch: py
     for name in ("script.pt", "payload.pt", "other.pt", "page.pt"):
         with pytest.raises(UserError, match="neither the Inception of prepare"):
             inception.Inception(Path(name))
+    torch.save({"fc.weight": torch.zeros(2)}, "weights-inception-2015-12-05-6726825d.pth")
+    with pytest.raises(UserError, match=r"is damaged: its sha256 is .*, not 6726825d"):
+        inception.Inception(Path("weights-inception-2015-12-05-6726825d.pth"))
     assert not Path("pickle-ran").exists()
 
 

@@ -1,5 +1,6 @@
 """The Inception network of FID, from a file whose hash is checked, and its features under a stated resize rule."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -143,6 +144,9 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Tensor | None, str]:
     if sha256 == sources.INCEPTION_SHA256:
         weights = torch.jit.load(file, map_location="cpu").state_dict()
         return {name.removeprefix("net.layers."): value for name, value in weights.items()}, None, sha256
+    promised = re.search(r"-([0-9a-f]{8,64})\.pth$", file.name)  # as torch.hub names files by their sha256
+    if promised and not sha256.startswith(promised[1]):
+        raise UserError(f"{file} is damaged: its sha256 is {sha256}, not {promised[1]}...; download it again")
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
         fc = weights["fc.weight"]
