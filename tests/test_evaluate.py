@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
-from test_features import TinyExtractor
+from test_evaluation_features import TinyExtractor
 from torch import Tensor
 
 import evaluate
