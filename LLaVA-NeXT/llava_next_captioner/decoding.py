@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llava_next_captioner.engines import stream_seed
+from llava_next_captioner.engines import CaptionerError, stream_seed
 from llava_next_captioner.token_step import Cache, TokenStep
 
 LOOK_EVERY = {"cpu": 1}  # steps after which it is asked who has stopped; elsewhere that means to wait for the device
@@ -17,9 +17,17 @@ class Sampling:
     """How a token is chosen: of the `top_k` likeliest, as many as make up `top_p`; at temperature 0 the first."""
 
     temperature: float = 0.8
-    top_k: int = 50
+    top_k: int = 50  # 1 to 1,000
     top_p: float = 0.9
     max_new_tokens: int = 150
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= 1000:
+            raise CaptionerError(f"top_k is {self.top_k}: give a number between 1 and 1000")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
+            raise CaptionerError(
+                "the temperature must not be below 0, nor max_new_tokens below 1; top_p lies in (0, 1]"
+            )
 
 
 @dataclass

@@ -22,7 +22,7 @@ class TransformersEngine:
     """A LLaVA-NeXT model from a folder or the hub; raises `CaptionerError` where there is none that it can run.
 
     By default in bf16 on CUDA, where there is a device, and else in fp32 on the CPU. `attn` is the prefill's kernel.
-    `top_k` lies between 1 and 1,000. `prefill_batch` prompts run through the model at once.
+    `prefill_batch` prompts run through the model at once.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class TransformersEngine:
     ):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-        loaded, processor = load(ALIASES.get(model, model), dtype, device, attn)
         sampling = Sampling(temperature, top_k, top_p, max_new_tokens)
+        loaded, processor = load(ALIASES.get(model, model), dtype, device, attn)
         self._set_up(model, loaded, processor, seed, sampling, prefill_batch)
 
     @classmethod
@@ -56,12 +56,6 @@ class TransformersEngine:
     def _set_up(
         self, name: str, loaded: Any, processor: Any, seed: int, sampling: Sampling, prefill_batch: int
     ) -> None:
-        if not 1 <= sampling.top_k <= 1000:
-            raise CaptionerError(f"top_k is {sampling.top_k}: give a number between 1 and 1000")
-        if sampling.temperature < 0 or not 0 < sampling.top_p <= 1 or sampling.max_new_tokens < 1:
-            raise CaptionerError(
-                "the temperature must not be negative, top_p lie in (0, 1], max_new_tokens be 1 or more"
-            )
         text = loaded.config.text_config
         if text.model_type not in FAMILIES or getattr(text, "sliding_window", None):
             raise CaptionerError(f"{name} has a language model of kind {text.model_type}, which cannot be run here: "
@@ -71,6 +65,8 @@ class TransformersEngine:
         self.model, self.seed, self.sampling, self.prefill_batch = name, seed, sampling, prefill_batch
         self._loaded, self._processor, self._token_step = loaded, processor, TokenStep(loaded)
         self.stop_ids = sorted(_stop_ids(loaded, processor.tokenizer))
+        if not self.stop_ids:
+            raise CaptionerError(f"{name} names no token that ends an answer: set eos_token in its tokenizer")
 
     def prepare(self, requests: Sequence[Request]) -> "TransformersChunk":
         """Cut up and tokenise on the CPU, which may go on in another thread; the model runs at the first `sample`."""
@@ -101,7 +97,7 @@ class TransformersEngine:
         prefill = Prefill.empty(model, lengths, self.sampling.max_new_tokens)
         for rows in lengths.argsort(stable=True).split(self.prefill_batch):
             batch = [inputs[row] for row in rows]
-            ids = nn.utils.rnn.pad_sequence([each.ids for each in batch], batch_first=True)
+            ids = nn.utils.rnn.pad_sequence([each.ids for each in batch], True, self.stop_ids[0])
             output = model.model(
                 input_ids=ids.to(model.device),
                 pixel_values=torch.cat([each.pixels for each in batch]).to(model.device, model.dtype),
