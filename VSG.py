@@ -7,7 +7,7 @@
 
 Reads raw.csv (file_name,text[,label]); writes metadata.csv, which medart.py reads, and captions.jsonl: all attempts at
 every image, and why they were rejected. After a kill at any moment the same command goes on. Exit codes: 0; 2 for a
-mistake, told in one line; 3 when more than --max-fallback of the images kept their simple caption; 143, 130 by signals.
+mistake, told in one line; 3 when more than --max-fallback of the images kept their simple caption; 143, 130 by signal.
 """
 
 import os

@@ -675,7 +675,8 @@ def test_kvasir_is_the_default_where_it_is_prepared(vsg, monkeypatch, tmp_path) 
 def test_long_captions_stay_in_their_place() -> None:
     image = Image.new("RGB", (64, 64))
     grids = [image_grid([[image], [image]], row_names=[name, "short"], cell=64) for name in ("x", "long words " * 40)]
-    assert np.array_equal(*(np.asarray(grid)[72:, :120] for grid in grids))
+    usual, long = (np.asarray(grid)[72:, :120] for grid in grids)
+    assert np.array_equal(usual, long)
     few, many = (caption_sheet([image] * 4, ["short"] * 3 + [caption]) for caption in ("word", "a long word " * 80))
     assert many.height > few.height and many.width == few.width
     assert np.asarray(many)[-10:].min() == 255  # a margin below the last line
