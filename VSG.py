@@ -7,8 +7,7 @@
 
 Reads raw.csv (file_name,text[,label]); writes metadata.csv, which medart.py reads, and captions.jsonl: all attempts at
 every image, and why they were rejected. After a kill at any moment the same command goes on. Exit codes: 0; 2 for a
-mistake, told in one line; 3 when more than --max-fallback of the images had to keep their simple caption; 143 after
-SIGTERM, 130 after Ctrl-C.
+mistake, told in one line; 3 when more than --max-fallback of the images kept their simple caption; 143, 130 by signal.
 """
 
 import os
@@ -54,9 +53,8 @@ class Work:
 
     def features(self, caption: str) -> Sequence[str]:
         """What to look for in an image of this simple caption."""
-        return (
-            self.opts.feature_list() or prompts.DOMAINS[self.opts.domain or prompts.domain_of(caption) or ""].features
-        )
+        domain = self.opts.domain or prompts.domain_of(caption)
+        return self.opts.feature_list() or prompts.DOMAINS[str(domain)].features
 
     def request(self, image: Described) -> engines.Request:
         """What the engine is asked for one image."""
@@ -153,7 +151,9 @@ def begin(opts: VSGOptions, dtype: torch.dtype, owner: bool) -> tuple[str, list[
     settings = opts.of_the_captions() | {"model": model, "dtype": str(dtype), "prompt_file": template}
 
     tokenizer = text.load_tokenizer(training_data.locate(opts.tokenizer or captioners.TOKENIZER))
-    shorten = shortening.drop_sentences if opts.shortener == "sentences" else shortening.T5Shortener(opts.shortener)
+    shorten = shortening.drop_sentences
+    if opts.shortener != "sentences":
+        shorten = shortening.T5Shortener(opts.shortener, str(devices.pick_device()))
     works = []
     for split in splits:
         of_caption = prompts.labels_from_captions(row.caption for row in split.rows)

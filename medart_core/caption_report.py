@@ -19,10 +19,11 @@ TOO_MANY_FELL_BACK = 3
 
 def report(journals: Sequence[tuple[Split, Journal]], picture: Path, max_fallback: float) -> int:
     """Print the summary, write the picture, and return the exit code: 3 if a larger share fell back, else 0."""
+    summary = summarize([item for _, journal in journals for item in journal.by_name().values()])
+    print("\n".join(lines(summary)), flush=True)
     picture.parent.mkdir(parents=True, exist_ok=True)
     example_sheet(journals).save(picture)
-    summary = summarize([item for _, journal in journals for item in journal.by_name().values()])
-    print("\n".join([*lines(summary), f"picture: {picture}"]), flush=True)
+    print(f"picture: {picture}", flush=True)
     if summary["fallen_back_share"] <= max_fallback:
         return 0
     share = f"{summary['fallen_back_share']:.1%} of the images"

@@ -41,14 +41,14 @@ class Journal:
         journal = cls(path, names)
         lines = _whole_lines(path)
         first = next(lines, None)
-        if first is not None and HEADER not in first:
+        if first is not None and not isinstance(first.get(HEADER), dict):
             raise UserError(f"{path} is no journal of this program; move it away")
         journal.header = first[HEADER] if first else {}
         found: dict[int, list[Item]] = {}
         for line in lines:
             if END in line:
                 journal.finished = True
-            elif "chunk" in line:
+            elif isinstance(line.get("chunk"), int):
                 found.setdefault(line["chunk"], []).append(line)
         for chunk, items in sorted(found.items()):
             whole = 0 <= chunk < len(names) and [item.get("file_name") for item in items] == list(names[chunk])

@@ -4,6 +4,7 @@ import csv
 import http.server
 import json
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -275,6 +276,25 @@ def test_a_journal_cut_anywhere_goes_on(vsg, tmp_path) -> None:
         assert (folder / "metadata.csv").read_bytes() == expected
         chunks = (sum(end <= cut for end in ends) - 1) // 4 if cut >= ends[0] else 0
         assert sum(taken_up(calls).values()) == 12 - 4 * min(chunks, 3)
+
+
+def nearly_full_disk() -> None:
+    fake_captioner.install()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (6_000, 6_000))
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(vsg, tmp_path) -> None:
+    folder, whole = make_set(tmp_path / "train"), make_set(tmp_path / "whole" / "train")
+    assert exit_codes(start("VSG", flags(folder), tmp_path / "log", 1, nearly_full_disk)) == [2]
+    said = (tmp_path / "log.0").read_text()
+    assert "what captions.jsonl holds is safe: make room" in said and "Traceback" not in said
+    assert 4 <= len(entries_before_a_cut(folder)) < 12 and not (folder / "metadata.csv").exists()
+    assert vsg(folder)[0] == vsg(whole)[0] == 0
+    assert (folder / "metadata.csv").read_bytes() == (whole / "metadata.csv").read_bytes()
+
+
+def entries_before_a_cut(folder: Path) -> list[str]:
+    return [line for line in (folder / "captions.jsonl").read_text().split("\n")[:-1] if '"file_name"' in line]
 
 
 def test_a_second_run_says_that_all_is_done(vsg, tmp_path) -> None:
@@ -657,7 +677,8 @@ def test_kvasir_is_the_default_where_it_is_prepared(vsg, monkeypatch, tmp_path) 
 def test_long_captions_stay_in_their_place() -> None:
     image = Image.new("RGB", (64, 64))
     grids = [image_grid([[image], [image]], row_names=[name, "short"], cell=64) for name in ("x", "long words " * 40)]
-    assert np.array_equal(*(np.asarray(grid)[72:, :120] for grid in grids))
+    usual, long = (np.asarray(grid)[72:, :120] for grid in grids)
+    assert np.array_equal(usual, long)
     few, many = (caption_sheet([image] * 4, ["short"] * 3 + [caption]) for caption in ("word", "a long word " * 80))
     assert many.height > few.height and many.width == few.width
     assert np.asarray(many)[-10:].min() == 255  # a margin below the last line
