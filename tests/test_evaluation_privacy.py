@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from medart_core.evaluation import privacy, shares
+from medart_core.evaluation import privacy
 from medart_core.evaluation.measured import Measured
+from medart_core.evaluation.shares import share
 
 SHARES = (0, 0.05, 0.2, 0.5)
 
@@ -21,16 +22,16 @@ def vectors(count: int, seed: int, dimensions: int = 8) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((count, dimensions))
 
 
-def planted(share: float, noise: float = 0.01) -> np.ndarray:
+def planted(part: float, noise: float = 0.01) -> np.ndarray:
     """400 new vectors of which some are replaced by blurred copies of training vectors: row i by vector i."""
-    generated, copies = vectors(400, 2), round(400 * share)
+    generated, copies = vectors(400, 2), round(400 * part)
     generated[:copies] = vectors(1000, 0)[:copies] + noise * vectors(copies, 3)
     return generated
 
 
 @pytest.fixture(scope="module")
 def figures() -> list[dict[str, Measured]]:
-    return [privacy.distance_figures(planted(share), vectors(1000, 0), vectors(300, 1)) for share in SHARES]
+    return [privacy.distance_figures(planted(part), vectors(1000, 0), vectors(300, 1)) for part in SHARES]
 
 
 @pytest.mark.parametrize(("name", "sign"), [("authpct", -1), ("authpct_gap", -1), ("near_share", 1)])
@@ -102,6 +103,7 @@ def test_hashes_find_the_copies_of_x_rays(x_rays, tmp_path):
 
 def test_wilson_interval_of_a_textbook_case():
     """10 of 100: 5.52 % to 17.44 % (A. Agresti and B. A. Coull, 1998)."""
-    assert shares.interval(10, 100) == pytest.approx((0.0552, 0.1744), abs=1e-4)
-    low, high = shares.interval(0, 20)
-    assert low == 0 and 0.1 < high < 0.2
+    assert share(10, 100) == pytest.approx((0.1, 0.0552, 0.1744), abs=1e-4)
+    value, low, high = share(0, 20)
+    assert value == low == 0 and 0.1 < high < 0.2
+    assert share(20, 20)[2] == 1

@@ -101,3 +101,25 @@ def test_without_generated_images_of_a_class_the_reason_is_given():
     figures = utility.utility(bars(60, 0), bars(40, 1), only_a, seeds=(0,), steps=2)
     assert figures.keys() == {"utility_ratio"} and figures["utility_ratio"].value is None
     assert "synthetic images: no image is labelled 'b'" in figures["utility_ratio"].note
+
+
+def test_every_fit_has_as_many_steps_and_a_seed_of_its_own_kind(monkeypatch):
+    """The domain's extractor is fitted with small seeds; none of these networks may be that one."""
+    calls = []
+
+    class Undecided:
+        def predict(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.full((len(images), 2), 0.5)
+
+    monkeypatch.setattr(
+        utility.classifier, "fit", lambda x, labels, **k: calls.append((len(labels), k)) or Undecided()
+    )
+
+    def blank(count: int) -> Examples:
+        return Examples(torch.zeros(count, 3, 1, 1, dtype=torch.uint8), ["a", "b"] * (count // 2))
+
+    figures = utility.utility(blank(2000), blank(10), blank(200), seeds=(0, 1), steps=500)
+    assert [count for count, _ in calls] == [2000, 200, 2200] * 2
+    assert [k["epochs"] * (count * 4 // 5 // 64) for count, k in calls[:3]] == pytest.approx([500, 500, 500], abs=20)
+    assert {k["seed"] for _, k in calls} == {1000, 1001}
+    assert value(figures["utility_both_auroc"]) == 0.5 and value(figures["utility_ratio"]) == 1

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from medart_core.errors import UserError
-from medart_core.evaluation import shares
 from medart_core.evaluation.classifier import Classifier, numbers
 from medart_core.evaluation.measured import MARGIN, Measured
+from medart_core.evaluation.shares import share
 from medart_core.evaluation.utility import Examples
 
 
@@ -44,11 +44,10 @@ def class_agreement(classifier: Classifier, generated: Examples, held_out: Examp
             ratio, max(0.0, ratio - margin), ratio + margin, *sizes, None, *origin, note
         )
     for number in asked.tolist():
-        share, floor = float(hits[number] / counts[number]), float(real_hits[number] / real_counts[number])
-        interval = shares.interval(int(hits[number]), int(counts[number]))
-        sizes = int(counts[number]), int(real_counts[number])
+        right, sizes = int(hits[number]), (int(counts[number]), int(real_counts[number]))
         name = f"class_agreement_{classifier.classes[number].replace(' ', '_')}"
-        figures[name] = Measured(share, *interval, *sizes, floor, *origin)
+        floor = float(real_hits[number] / real_counts[number])
+        figures[name] = Measured(*share(right, sizes[0]), *sizes, floor, *origin)
     return figures
 
 
@@ -94,8 +93,7 @@ def attribute_agreement(
         right, n, n_real = sum(claim == found for claim, found in pairs), len(pairs), len(real_pairs)
         floor = sum(claim == found for claim, found in real_pairs) / n_real if n_real else None
         note = f"chance agreement {_chance(pairs):.3f}"
-        interval = shares.interval(right, n)
-        figures[f"attribute_agreement_{name}"] = Measured(right / n, *interval, n, n_real, floor, note=note)
+        figures[f"attribute_agreement_{name}"] = Measured(*share(right, n), n, n_real, floor, note=note)
         hits, counts, floors = [*hits, right], [*counts, n], [*floors, floor]
     if figures:
         value, error = _mean_share(np.array(hits), np.array(counts))

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from medart_core.evaluation import shares, small_resnet
+from medart_core.evaluation import small_resnet
 from medart_core.evaluation.distances import nearest, nearest_other
 from medart_core.evaluation.measured import MARGIN, MIN_IMAGES, Measured
+from medart_core.evaluation.shares import share
 from medart_core.near_duplicates import BLOCK, MAX_DISTANCE, hash_distances, perceptual_hash
 
 PIXEL_SIDE = 32
@@ -70,8 +71,7 @@ def distance_figures(
     halves = shuffled[: len(held_out) // 2], shuffled[len(held_out) // 2 :]
     reach = nearest_other(train)
     authentic = is_authentic(generated, train, reach)
-    low, high = shares.interval(int(authentic.sum()), n)
-    authpct = 100 * float(authentic.mean()), 100 * low, 100 * high
+    percent, low, high = (100 * value for value in share(int(authentic.sum()), n))
     floor = 100 * float(is_authentic(held_out, train, reach).mean())
     differences = 100 * (authentic.astype(float) - is_authentic(generated, held_out))
     gap, margin = float(differences.mean()), MARGIN * float(differences.std(ddof=1)) / n**0.5
@@ -84,10 +84,10 @@ def distance_figures(
     near = int((distance < limit).sum())
     sizes = (n, len(train))
     return {
-        "authpct": Measured(*authpct, *sizes, floor, extractor, sha256),
+        "authpct": Measured(percent, low, high, *sizes, floor, extractor, sha256),
         "authpct_gap": Measured(gap, gap - margin, gap + margin, *sizes, gap_floor, extractor, sha256),
         "nearest_distance": Measured(median, shortest, longest, *sizes, float(np.median(own)), extractor, sha256),
-        "near_share": Measured(near / n, *shares.interval(near, n), *sizes, NEAR, extractor, sha256),
+        "near_share": Measured(*share(near, n), *sizes, NEAR, extractor, sha256),
     }
 
 
@@ -122,4 +122,4 @@ def duplicate_share(generated: np.ndarray, train: np.ndarray, held_out: np.ndarr
     found, n = len(duplicates(generated, train)), len(generated)
     floor = len(duplicates(held_out, train)) / len(held_out)
     note = f"at most {MAX_DISTANCE} of 256 bits differ"
-    return Measured(found / n, *shares.interval(found, n), n, len(train), floor, "perceptual hash", note=note)
+    return Measured(*share(found, n), n, len(train), floor, "perceptual hash", note=note)

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from transformers import ResNetForImageClassification
 
 from medart_core.errors import UserError
-from medart_core.evaluation import shares, small_resnet
+from medart_core.evaluation import small_resnet
 from medart_core.evaluation.distances import nearest
 from medart_core.evaluation.measured import Measured
 from medart_core.evaluation.privacy import Pair
+from medart_core.evaluation.shares import share
 from medart_core.evaluation.small_resnet import BATCH
 from medart_core.evaluation.utility import INTERVAL, RESAMPLES, Examples, area_under_curve
 from medart_core.packaged_sets import XRAY_NAME
@@ -170,31 +171,31 @@ def reidentify(
     count, n = len(same), len(generated)
     if count < MIN_PATIENTS:
         why = f"{count} held-out patients have several images; to know what the network can do takes {MIN_PATIENTS}"
-        nothing = Measured(None, n_generated=n, n_real=len(known), note=why)
-        return dict.fromkeys(FIGURES, nothing), []
-    note = f"{embedding.facts['patients']} patients with several images to learn from, {count} unseen ones to test on"
-
+        return dict.fromkeys(FIGURES, Measured(None, n_generated=n, n_real=len(known), note=why)), []
     limits = _from_other_half(np.stack([same, other], axis=1), np.arange(count) % 2, _best_threshold)
     right = int((same >= limits).sum() + (other < limits).sum())
-    accuracy = Measured(right / (2 * count), *shares.interval(right, 2 * count), 0, 2 * count, 0.5, note=note)
-    area = Measured(*_area_with_interval(same, other), 0, 2 * count, 0.5, note=note)
+    note = f"{embedding.facts['patients']} patients with several images to learn from, {count} unseen ones to test on"
 
     own, _ = _most_similar(vectors, known)
     limit = _match_threshold(own)
     half_of_row = np.zeros(len(own), dtype=int)
     half_of_row[[row for rows in members[1::2] for row in rows]] = 1
     by_chance = float((own > _from_other_half(own, half_of_row, _match_threshold)).mean())
-    told = f"similarity above {limit:.3f}"
-    to_copies = (vectors * embedding(_altered(held_out.images))).sum(axis=1)
-    recognised, copies = int((same > limit).sum()), int((to_copies > limit).sum())
-    sensitivity = Measured(recognised / count, *shares.interval(recognised, count), 0, count, note=told)
-    copied = Measured(copies / len(own), *shares.interval(copies, len(own)), 0, len(own), note=told)
     found, index = _most_similar(embedding(generated), known)
     order = [row for row in np.argsort(-found, kind="stable").tolist() if found[row] > limit]
     matches = [Pair(row, int(index[row]), float(1 - found[row])) for row in order]
-    told += f"; it recognises {recognised / count:.0%} of unseen patients and {copies / len(own):.0%} of copies"
-    share = Measured(len(matches) / n, *shares.interval(len(matches), n), n, len(known), by_chance, note=told)
-    return dict(zip(FIGURES, (accuracy, area, sensitivity, copied, share), strict=True)), matches
+
+    recognised = share(int((same > limit).sum()), count)
+    copies = share(int(((vectors * embedding(_altered(held_out.images))).sum(axis=1) > limit).sum()), len(own))
+    told = f"similarity above {limit:.3f}"
+    both = f"{told}, which recognises {recognised[0]:.0%} of unseen patients and {copies[0]:.0%} of altered copies"
+    return {
+        "reid_accuracy": Measured(*share(right, 2 * count), 0, 2 * count, 0.5, note=note),
+        "reid_auroc": Measured(*_area_with_interval(same, other), 0, 2 * count, 0.5, note=note),
+        "reid_sensitivity": Measured(*recognised, 0, count, note=told),
+        "reid_copy_sensitivity": Measured(*copies, 0, len(own), note=told),
+        "reid_matches": Measured(*share(len(matches), n), n, len(known), by_chance, note=both),
+    }, matches
 
 
 def _altered(images: Tensor) -> Tensor:
