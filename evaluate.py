@@ -107,11 +107,9 @@ def read_sets(options: argparse.Namespace) -> dict[str, ImageSet]:
 
 def device() -> torch.device:
     """This process's GPU, else the CPU."""
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def find_inception(options: argparse.Namespace, **settings: Any) -> Inception | None:
@@ -120,6 +118,16 @@ def find_inception(options: argparse.Namespace, **settings: Any) -> Inception | 
     if not options.inception and not file.is_file():
         return None
     return Inception(file, device=device(), **settings)
+
+
+def refuse_extractor(judge: classifier.Classifier, real: ImageSet) -> None:
+    """Raise UserError if a classifier was fitted on these very images, or does not know their classes."""
+    if judge.facts.get("images_sha256") == replace(real, size=None).sha256:
+        raise UserError(f"--extractor was fitted on {real.source}; fit one on the training images")
+    if unknown := sorted(set(real.classes) - set(judge.classes)):
+        raise UserError(
+            f"--extractor knows {', '.join(judge.classes)}, but not {unknown[0]!r}; fit one on such images"
+        )
 
 
 def run_facts(options: argparse.Namespace, sets: Mapping[str, ImageSet]) -> dict[str, Any]:
@@ -174,6 +182,7 @@ def fit_extractor(options: argparse.Namespace) -> None:
         groups=patients_of(train.names),
         show_progress=True,
     )
+    fitted.facts["images_sha256"] = train.sha256
     fitted.save(options.out)
     facts = fitted.facts
     print(f"{options.out}: right on {facts['held_out_accuracy']:.1%} of {facts['held_out_images']} held-out images")
@@ -185,6 +194,8 @@ def evaluate(options: argparse.Namespace) -> int:
     network, colours = find_inception(options, rule=options.resize), ColourExtractor()
     judge = classifier.Classifier.load(options.extractor, device()) if options.extractor else None
     sets = read_sets(options)
+    if judge:
+        refuse_extractor(judge, sets["real"])
     held_out = {side: sets[side] for side in ("generated", "real")}
     few = needs_spare(len(sets["generated"]), len(sets["real"]))  # then training images serve for the floor
     quality_rows = extract_all(sets if few else held_out, network, options.cache)

@@ -184,6 +184,15 @@ def test_extractor_of_the_domain_and_usefulness(sets, tmp_path: Path, monkeypatc
         "give --train" in report["authpct"]["note"]
         and "give --train" in figures.usefulness({}, 1)["utility_ratio"].note
     )
+    with pytest.raises(UserError, match=r"was fitted on .*train; fit one on"):
+        arguments = between(sets | {"real": sets["train"]}, tmp_path / "leak")
+        run(monkeypatch, *arguments, "--extractor", tmp_path / "lesions.safetensors")
+    moles = write_set(tmp_path / "moles", 4, 8)
+    (moles / "benign").rename(moles / "mole")
+    with pytest.raises(UserError, match="knows benign, malignant, but not 'mole'"):
+        arguments = between({"generated": moles, "real": moles}, tmp_path / "mole")
+        monkeypatch.setattr(images, "refuse_overlap", lambda *_: None)
+        run(monkeypatch, *arguments, "--extractor", tmp_path / "lesions.safetensors")
     known = figures.examples({side: images.read(path, show_progress=False) for side, path in sets.items()})
     found = figures.usefulness(known, 1, steps=2)
     assert found["utility_ratio"].value is not None and "utility_synthetic_recall_benign" in found

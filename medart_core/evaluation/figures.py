@@ -32,12 +32,12 @@ from medart_core.evaluation.utility import Examples
 Sets: TypeAlias = Mapping[str, ImageSet]
 Rows: TypeAlias = Mapping[str, np.ndarray]
 
-FRECHET, SHARE = (0.0, math.inf), (0.0, 1.0)
+NOT_NEGATIVE, SHARE = (0.0, math.inf), (0.0, 1.0)
 QUALITY = {
-    "fid": FRECHET, "kid": (-math.inf, math.inf), "precision": SHARE, "recall": SHARE, "density": FRECHET,
+    "fid": NOT_NEGATIVE, "kid": (-math.inf, math.inf), "precision": SHARE, "recall": SHARE, "density": NOT_NEGATIVE,
     "coverage": SHARE,
 }  # fmt: skip
-DOMAIN = {"domain_frechet": FRECHET, "domain_density": FRECHET, "domain_coverage": SHARE}
+DOMAIN = {"domain_frechet": NOT_NEGATIVE, "domain_density": NOT_NEGATIVE, "domain_coverage": SHARE}
 PRIVACY = ("authpct", "authpct_gap", "nearest_distance", "near_share", "duplicate_share")
 
 NO_DOMAIN = "needs a classifier; fit one with python evaluate.py fit-extractor, and give it with --extractor"
@@ -82,7 +82,7 @@ def quality(network: Inception | None, rows: Rows, sets: Sets, **settings: Any) 
     for label in sets["generated"].classes if sets["real"].labels else ():
         ours, theirs = (rows[side][sets[side].rows_of(label)] for side in ("generated", "real"))
         names = [f"{name}_{label.replace(' ', '_')}" for name in ("fid", "kid")]
-        found |= compare_several(names, of_class, ours, theirs, limits={names[0]: FRECHET}, **settings)
+        found |= compare_several(names, of_class, ours, theirs, limits={names[0]: NOT_NEGATIVE}, **settings)
     return found
 
 
@@ -115,7 +115,7 @@ def domain(classifier: Classifier | None, rows: Rows, **settings: Any) -> dict[s
 
 def colours(extractor: ColourExtractor, rows: Rows, **settings: Any) -> dict[str, Measured]:
     """What HLDF is for; it needs no network."""
-    names, limits = list(colour.FIGURES), dict.fromkeys(colour.FIGURES, FRECHET)
+    names, limits = list(colour.FIGURES), dict.fromkeys(colour.FIGURES, NOT_NEGATIVE)
 
     def statistics(x: np.ndarray, y: np.ndarray) -> list[float]:
         return [figure(x, y) for figure in colour.FIGURES.values()]

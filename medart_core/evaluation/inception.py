@@ -1,6 +1,7 @@
 """The Inception network of FID, from a file whose hash is checked, and its features under a stated resize rule."""
 
 import re
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,7 +149,8 @@ def read_weights(file: Path) -> tuple[dict[str, Tensor], Tensor | None, str]:
     if promised and not sha256.startswith(promised[1]):
         raise UserError(f"{file} is damaged: its sha256 is {sha256}, not {promised[1]}...; download it again")
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of a TorchScript archive torch warns, and then refuses it
+            weights = torch.load(file, map_location="cpu", weights_only=True)
         fc = weights["fc.weight"]
         return _renamed(weights), fc, sha256
     except Exception as error:  # a foreign file may fail in any way
