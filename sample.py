@@ -67,7 +67,7 @@ def parse_options() -> argparse.Namespace:
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint (default: the published DiT-XL/2)")
     model.add_argument("--num-classes", type=int, metavar="N", help="DiT's classes (default: as the checkpoint)")
     model.add_argument(
-        "--vae", default="mse", metavar="NAME", help="DiT's decoder: mse (default), ema, nano, a folder"
+        "--vae", metavar="NAME", help="DiT's decoder: mse, ema, nano, a folder (default: mse, or as in training)"
     )
     model.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add_sampler(parser)
@@ -197,6 +197,7 @@ def order_dit(options: argparse.Namespace, dtype: torch.dtype, device: torch.dev
     """Some images of each class; with one of each, some classes to a row of the grid."""
     if options.image_size is not None and not isinstance(options.image_size, int):
         raise UserError(f"--image-size {options.image_size} is not square, as DiT's images are; give one number")
+    torch.set_float32_matmul_precision("high")  # TF32 where fp32 is asked for on a GPU, as published
     model, weights = dit_checkpoint.open_model(
         DiT_models, options.ckpt, options.model, options.image_size, options.num_classes
     )
@@ -205,7 +206,7 @@ def order_dit(options: argparse.Namespace, dtype: torch.dtype, device: torch.dev
     labels = [label for label in classes for _ in range(options.num_images or 1)]
     images = dit_sampling.sample_images(
         model.to(device, dtype),
-        pretrained.load_vae(options.vae, torch.float32, device),
+        pretrained.load_vae(weights.vae(options.vae, "mse"), torch.float32, device),
         labels,
         range(len(labels)),
         seed=options.seed,
@@ -232,7 +233,6 @@ def main() -> None:
         return merge(options)
     out = sample_folder.choose(options.out, ROOT / "results")
     device = pretrained.pick_device()
-    torch.set_float32_matmul_precision("high")  # TF32, where fp32 is asked for on a GPU
     bf16 = options.precision == "bf16" or (options.precision == "auto" and device.type == "cuda")
     dtype, remark = pretrained.pick_dtype("bf16" if bf16 else "no", device)
     if remark:

@@ -43,7 +43,7 @@ def parse_options() -> argparse.Namespace:
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint (default: the published DiT-XL/2)")
     model.add_argument("--num-classes", type=int, metavar="N", help="DiT's classes (default: as the checkpoint)")
     model.add_argument(
-        "--vae", default="ema", metavar="NAME", help="DiT's decoder: ema (default), mse, nano, a folder"
+        "--vae", metavar="NAME", help="DiT's decoder: ema, mse, nano, a folder (default: ema, or as in training)"
     )
     model.add_argument("--lora", type=Path, metavar="PATH", help="draw from PixArt with this LoRA")
     model.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="its strength (default: 1)")
@@ -57,7 +57,7 @@ def parse_options() -> argparse.Namespace:
     speed.add_argument(
         "--per-proc-batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)"
     )
-    speed.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="(default: fp32)")
+    speed.add_argument("--precision", choices=("fp32", "bf16"), help="(default: fp32, PixArt bf16 on CUDA)")
     speed.add_argument(
         "--tf32", action=argparse.BooleanOptionalAction, default=True, help="fp32 products on tensor cores (default)"
     )
@@ -93,7 +93,8 @@ def dit_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.de
     )
     mark = fingerprint(model)
     side = model.input_size * dit_checkpoint.VAE_SCALE_FACTOR
-    vae = pretrained.load_vae(options.vae, torch.float32, device)
+    decoder = weights.vae(options.vae, "ema")
+    vae = pretrained.load_vae(decoder, torch.float32, device)
     model.to(device, dtype)
     if options.compile:
         model.compile_blocks()
@@ -103,7 +104,7 @@ def dit_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.de
         options.num_fid_samples, model.num_classes, options.global_seed, options.balanced
     )
     sampler = {"sampler": options.sampler, "num_steps": steps, "guided_channels": options.guided_channels}
-    settings = {"model": mark, "precision": options.precision, "balanced": options.balanced, **sampler}
+    settings = {"model": mark, "precision": str(dtype), "balanced": options.balanced, "vae": decoder, **sampler}
 
     def draw(rows: range) -> Tensor:
         chosen = [labels[row] for row in rows]
@@ -112,7 +113,7 @@ def dit_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.de
 
     name = options.model or weights.args.get("model") or dit_checkpoint.PUBLISHED
     ckpt = options.ckpt.stem if options.ckpt else "pretrained"
-    facts = f"size-{side}-vae-{Path(options.vae).name}-cfg-{scale}-seed-{options.global_seed}"
+    facts = f"size-{side}-vae-{Path(decoder).name}-cfg-{scale}-seed-{options.global_seed}"
     names = weights.args.get("class_names") or [""] * model.num_classes
     table = [{"label": label, "name": names[label]} for label in labels]
     return Source(f"{name.replace('/', '-')}-{ckpt}-{facts}", (side, side), settings, table, draw)
@@ -146,10 +147,17 @@ def pixart_source(options: argparse.Namespace, dtype: torch.dtype, device: torch
 
     mark = fingerprint(model.transformer, model.text_encoder)
     digest = hashlib.sha256("\n".join(captions).encode()).hexdigest()[:16]
-    settings = {"model": mark, "precision": options.precision, "num_steps": steps, "prompts": digest}
+    settings = {"model": mark, "precision": str(dtype), "num_steps": steps, "prompts": digest}
     lora = options.lora.resolve().stem if options.lora else "base"
     name = f"PixArt-{lora}-size-{side}-cfg-{scale}-seed-{options.global_seed}"
     return Source(name, (side, side), settings, [{"text": prompt} for prompt in prompts], draw)
+
+
+def draw(source: Source, rows: range) -> Tensor:
+    try:
+        return source.draw(rows)
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU's memory is too small for a group; lower --per-proc-batch-size") from error
 
 
 def main() -> None:
@@ -159,10 +167,12 @@ def main() -> None:
     device = torch.device(state.device or "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.tf32
     torch.set_num_threads(1)  # another number changes the last bits
-    dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32
+    is_dit = not options.lora and (options.model is None or options.model.startswith("DiT-"))
+    bf16 = options.precision == "bf16" or (options.precision is None and device.type == "cuda" and not is_dit)
+    dtype, remark = pretrained.pick_dtype("bf16" if bf16 else "no", device)
+    state.print(remark or f"computing in {str(dtype).removeprefix('torch.')}")
 
     # 1. The model; the first process fetches what is not there yet.
-    is_dit = not options.lora and (options.model is None or options.model.startswith("DiT-"))
     with stopping.first_process_first(device):
         source = (dit_source if is_dit else pixart_source)(options, dtype, device)
 
@@ -190,7 +200,7 @@ def main() -> None:
             with stopping.together(device):
                 if turn < len(mine):
                     rows = [row for row in mine[turn] if row in missing]
-                    images = source.draw(mine[turn])
+                    images = draw(source, mine[turn])
                     store.save(rows, images[[row - mine[turn].start for row in rows]])
             shared = groups[turn * state.num_processes : (turn + 1) * state.num_processes]
             progress.update(sum(row in missing for rows in shared for row in rows))

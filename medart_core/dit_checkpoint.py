@@ -39,6 +39,14 @@ class Weights:
         """Classes without the null class, for which there is a row in the table, too."""
         return self.args.get("num_classes") or len(self.state["y_embedder.embedding_table.weight"]) - 1
 
+    def vae(self, asked: str | None, default: str) -> str:
+        """The VAE to decode with: what is asked for, or what the features came from.
+
+        The published pair, whose latents are the same, has `default` for its decoder.
+        """
+        trained = self.args.get("vae", default)
+        return asked or (default if trained in ("ema", "mse") else trained)
+
 
 def fetch(image_size: int, folder: Path = FOLDER, url: str = URL) -> Path:
     """The published DiT-XL/2 of that size, downloaded if it is not there.

@@ -1,7 +1,8 @@
 """An .npz of images as ADM's evaluator reads it (`arr_0`, uint8, NHWC), filled by rows, never held in memory.
 
 An .npz is a zip archive, and an uncompressed one is its array with some bytes before and behind. So the file is laid
-out beforehand, any process writes any rows into it in any order, and at the end there is only a checksum to compute.
+out beforehand, and any process writes any rows into it in any order. The archive's checksum is put together from those
+of the rows, which also tell after an interruption what has really come to the disk.
 """
 
 import io
@@ -20,7 +21,8 @@ MEMBER = b"arr_0.npy"
 VERSION = 45  # of the zip format: with sizes of 64 bits
 DATE = 0x21  # 1 January 1980: the same images make the same bytes
 ELSEWHERE = 0xFFFFFFFF  # a size of 32 bits that says: see the one of 64
-CHUNK = 2**20
+POLYNOMIAL = 0xEDB88320  # of the checksum, CRC-32
+THERE = 1 << 32  # marks a row's entry in the journal, above its checksum
 
 
 def _local_header(crc: int, size: int) -> bytes:
@@ -43,6 +45,32 @@ def _array_header(shape: tuple[int, ...]) -> bytes:
     return header.getvalue()
 
 
+def _image(matrix: list[int], bits: int) -> int:
+    """A matrix over GF(2), given by its columns, applied to a vector of 32 bits."""
+    image = 0
+    while bits:
+        image ^= matrix[(bits & -bits).bit_length() - 1]
+        bits &= bits - 1
+    return image
+
+
+def _appending(length: int) -> list[int]:
+    """What `length` bytes of zero behind some content do to its CRC-32, a linear map, as the columns of a matrix.
+
+    So crc(a + b) is the image of crc(a), xor crc(b), as in zlib's crc32_combine.
+    """
+    power = [POLYNOMIAL, *(1 << bit for bit in range(31))]  # one bit of zero
+    for _ in range(3):
+        power = [_image(power, column) for column in power]  # one byte
+    matrix = [1 << bit for bit in range(32)]
+    while length:
+        if length & 1:
+            matrix = [_image(power, column) for column in matrix]
+        power = [_image(power, column) for column in power]
+        length >>= 1
+    return matrix
+
+
 class ImageNpz:
     """An archive in the making in a folder, with a journal of the rows that are on the disk.
 
@@ -59,41 +87,52 @@ class ImageNpz:
         self.size = len(header) + self.rows * self.row_bytes
 
     def begin(self) -> None:
-        """Lay out the files, or leave them as an interrupted run did; for one process, before any of them writes."""
-        if self.part.is_file() and self.journal.is_file() and self.journal.stat().st_size == self.rows:
-            return
+        """Lay out the files, or take up those of an interrupted run; for one process, before any of them writes."""
+        if self.part.is_file() and self.journal.is_file() and self.journal.stat().st_size == 8 * self.rows:
+            return self._verify()
         self.journal.unlink(missing_ok=True)  # before the images that it speaks of
         with open(self.part, "wb") as file:
             file.write(self.head + self.header)
             file.truncate(self.start + self.rows * self.row_bytes)  # sparse: takes no space yet
-        self.journal.write_bytes(bytes(self.rows))
+        self.journal.write_bytes(bytes(8 * self.rows))
+
+    def _verify(self) -> None:
+        """Strike out what the journal says and the disk does not have, as after a power cut."""
+        entries = self._entries()
+        with open(self.part, "rb") as file:
+            for row in np.flatnonzero(entries):
+                file.seek(self.start + int(row) * self.row_bytes)
+                if zlib.crc32(file.read(self.row_bytes)) + THERE != entries[row]:
+                    entries[row] = 0
+        self.journal.write_bytes(entries.tobytes())
+
+    def _entries(self) -> np.ndarray:
+        return np.fromfile(self.journal, np.uint64)
 
     def missing(self) -> list[int]:
         """The rows that are not there yet, in order."""
-        return np.flatnonzero(np.fromfile(self.journal, np.uint8) == 0).tolist()
+        return np.flatnonzero(self._entries() == 0).tolist()
 
     def write(self, row: int, images: Tensor) -> None:
-        """Write (n, H, W, 3) uint8 images as the rows from `row` on; they count when they are on the disk."""
+        """Write (n, H, W, 3) uint8 images as the rows from `row` on."""
+        pixels = images.contiguous().numpy()
         with open(self.part, "r+b") as file:
             file.seek(self.start + row * self.row_bytes)
-            file.write(images.contiguous().numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
+            file.write(pixels.data)
+        entries = np.array([zlib.crc32(image.data) + THERE for image in pixels], np.uint64)
         with open(self.journal, "r+b") as file:
-            file.seek(row)
-            file.write(b"\1" * len(images))
+            file.seek(8 * row)
+            file.write(entries.data)
 
     def publish(self, target: Path) -> None:
         """Turn what is there into the archive `target`; for one process, when no row is missing."""
-        crc, left = 0, self.size
+        crc, appending = zlib.crc32(self.header), _appending(self.row_bytes)
+        for entry in self._entries().tolist():
+            crc = _image(appending, crc) ^ (entry - THERE)
         with open(self.part, "r+b") as file:
-            file.seek(len(self.head))
-            while left:  # what lies behind is of a publishing that was interrupted
-                chunk = file.read(min(CHUNK, left))
-                crc, left = zlib.crc32(chunk, crc), left - len(chunk)
-            file.write(_directory(crc, self.size, file.tell()))
-            file.seek(0)
             file.write(_local_header(crc, self.size))
+            file.seek(len(self.head) + self.size)
+            file.write(_directory(crc, self.size, file.tell()))
             file.flush()
             os.fsync(file.fileno())
         os.replace(self.part, target)

@@ -1,16 +1,17 @@
 """Many samples of one kind, made by many processes over many sittings: a folder of PNG files, and one .npz.
 
 Of samples `<name>` there are `<name>/000000.png` and so on, `<name>.npz`, `<name>.csv` with what each shows, and
-`<name>.json` with how they were made.
-What is in the making lies in a hidden folder beside them; nothing has its own name before it is whole.
+`<name>.json` with how they were made. What is in the making lies in a hidden folder beside them; nothing has its own
+name before it is whole.
 """
 
+import contextlib
 import csv
 import hashlib
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,13 +74,23 @@ class SampleStore:
         if rows_of(self.target) == self.shape[0] and not self._missing_pictures():
             shutil.rmtree(self.work)
             return False
-        self.target.unlink(missing_ok=True)  # of another number of samples, or its pictures are gone
-        checkpoint.write_json(self.record, dict(settings))
-        if self.png:
-            self.folder.mkdir(exist_ok=True)
-        self.npz.begin()
-        self._take_over_pictures()
+        with self._disk_faults():
+            self.target.unlink(missing_ok=True)  # of another number of samples, or its pictures are gone
+            checkpoint.write_json(self.record, dict(settings))
+            if self.png:
+                self.folder.mkdir(exist_ok=True)
+            self.npz.begin()
+            self._take_over_pictures()
         return True
+
+    @contextlib.contextmanager
+    def _disk_faults(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {self.folder.parent} ({error}); make room and run the same command again"
+            ) from error
 
     def _picture(self, row: int) -> Path:
         return self.folder / f"{row:06d}.png"
@@ -116,7 +127,7 @@ class SampleStore:
             self.pending.popleft().result()
 
     def _save(self, rows: list[int], images: Tensor) -> None:
-        try:
+        with self._disk_faults():
             for row, image in zip(rows, images, strict=True) if self.png else ():
                 part = self.work / f"{row:06d}.png"
                 Image.fromarray(image.numpy()).save(part)
@@ -125,10 +136,6 @@ class SampleStore:
             for run in runs(rows, len(rows)):
                 self.npz.write(run.start, images[taken : taken + len(run)])
                 taken += len(run)
-        except OSError as error:
-            raise UserError(
-                f"cannot write in {self.folder.parent} ({error}); make room and run the same command again"
-            ) from error
 
     def flush(self) -> None:
         """Wait until everything is on the disk."""
@@ -138,13 +145,14 @@ class SampleStore:
     def publish(self, table: Sequence[Mapping[str, Any]]) -> None:
         """Give the .npz its name, with `table` as .csv beside it; for one process, when all have flushed."""
         part = self.work / f"{TEMPORARY}table"
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["file_name", *table[0]])
-            writer.writeheader()
-            writer.writerows({"file_name": self._picture(row).name, **facts} for row, facts in enumerate(table))
-        os.replace(part, self.target.with_suffix(".csv"))
-        self.npz.publish(self.target)
-        shutil.rmtree(self.work)
+        with self._disk_faults():
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, ["file_name", *table[0]])
+                writer.writeheader()
+                writer.writerows({"file_name": self._picture(row).name, **facts} for row, facts in enumerate(table))
+            os.replace(part, self.target.with_suffix(".csv"))
+            self.npz.publish(self.target)
+            shutil.rmtree(self.work)
 
 
 def fingerprint(*models: nn.Module) -> str:

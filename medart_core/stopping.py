@@ -111,8 +111,10 @@ def together(device: torch.device) -> Iterator[None]:
         yield
         failed.zero_()
     finally:
-        with contextlib.suppress(RuntimeError):  # its connections are closed: another one was ended from outside
+        try:
             torch.distributed.all_reduce(failed)
+        except RuntimeError:  # its connections are closed: another one was ended from outside
+            failed.fill_(1)
     if failed.item():
         raise SystemExit(2)
 

@@ -109,6 +109,19 @@ def test_what_is_not_given_is_as_the_checkpoint_says(tmp_path):
         dit_checkpoint.open_model(FACTORIES, None, "DiT-B/2")
 
 
+@pytest.mark.parametrize(
+    ("trained", "asked", "expected"),
+    [
+        ({}, None, "mse"),
+        ({"vae": "ema"}, None, "mse"),
+        ({"vae": "nano"}, None, "nano"),
+        ({"vae": "nano"}, "ema", "ema"),
+    ],
+)
+def test_the_decoder_is_that_of_the_features(trained, asked, expected):
+    assert dit_checkpoint.Weights({}, "x.pt", trained).vae(asked, "mse") == expected
+
+
 @pytest.fixture
 def server(tmp_path) -> str:
     """What stands for the server of the published files."""

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 import models
 from models import DiT, DiT_models
@@ -241,8 +242,19 @@ def test_compiled_blocks(mode):
     model = tiny()
     plain = gradients(model)
     model.set_checkpointing(mode)
-    names = [*model.state_dict()]
-    model.compile_blocks(backend="aot_eager")
+    names, graphs = [*model.state_dict()], []
+    torch._dynamo.reset()
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return aot_eager(graph, example_inputs)
+
+    model.compile_blocks(backend=backend)
     assert [*model.state_dict()] == names
     for ours, theirs in zip(gradients(model), plain, strict=True):
         torch.testing.assert_close(ours, theirs)
+    assert len(graphs) == 1  # serves all three blocks
+    with torch.no_grad():
+        model(*inputs())
+        model(*inputs(2))
+    assert len(graphs) == 3
