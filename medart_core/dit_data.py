@@ -155,7 +155,10 @@ def _old_folders(folder: Path) -> tuple[Path, Path]:
 
 
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same, each read from the disk while the one before it is used."""
+    """The same, each read from the disk while the GPU works on the one before; a CPU has no hands free for that."""
+    if not torch.cuda.is_available():
+        yield from batches
+        return
     with ThreadPoolExecutor(1) as reader:
         waiting = reader.submit(next, batches, None)
         while (batch := waiting.result()) is not None:
