@@ -15,6 +15,7 @@ from diffusers import (
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from diffusers_grad import attention
 from medart_core import compilation, devices, lean_lora, lora, pretrained
 from medart_core.latents import encode_moments
 
@@ -86,7 +87,13 @@ class Trainer:
 
 
 def make_trainer(
-    folder: Path, dtype: torch.dtype, *, checkpointing: bool = False, lean: bool = True, compiled: bool = False
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    checkpointing: bool = False,
+    lean: bool = True,
+    own_attention: bool = True,
+    compiled: bool = False,
 ) -> Trainer:
     """Load the pipeline with rank-8 adapters, none of them zero, blocks checkpointed or not."""
     device = devices.pick_device()
@@ -101,6 +108,8 @@ def make_trainer(
     if not lean:
         lean_lora.disable(model.transformer)
         lean_lora.disable(model.text_encoder)
+    if own_attention:
+        attention.install(model.transformer)
     if compiled:
         compilation.enable(model)
     optimizer = torch.optim.AdamW(parameters, 1e-5, fused=True)

@@ -285,7 +285,7 @@ def nearly_full_disk() -> None:
 
 def test_a_full_disk_is_one_line_and_loses_nothing(vsg, tmp_path) -> None:
     folder, whole = make_set(tmp_path / "train"), make_set(tmp_path / "whole" / "train")
-    assert exit_codes(start("VSG", flags(folder), tmp_path / "log", 1, nearly_full_disk)) == [2]
+    assert script_exit_codes("VSG", flags(folder), tmp_path / "log", 1, [(nearly_full_disk,)]) == [2]
     said = (tmp_path / "log.0").read_text()
     assert "what captions.jsonl holds is safe: make room" in said and "Traceback" not in said
     assert 4 <= len(entries_before_a_cut(folder)) < 12 and not (folder / "metadata.csv").exists()
