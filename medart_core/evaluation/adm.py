@@ -15,7 +15,14 @@ from torch import Tensor
 
 from medart_core.errors import UserError
 from medart_core.evaluation import images, npz
-from medart_core.evaluation.distances import frechet_from_moments, inception_score, moments, precision_recall
+from medart_core.evaluation.distances import (
+    Gaussian,
+    fit_gaussian,
+    gaussian,
+    gaussian_distance,
+    inception_score,
+    precision_recall,
+)
 from medart_core.evaluation.features import Extractor, extract, rank_and_size
 from medart_core.evaluation.inception import NO_CLASSIFIER, NUM_FEATURES
 from medart_core.evaluation.measured import Measured
@@ -33,15 +40,15 @@ class AdmExtractor(Extractor, Protocol):
 
 
 class Side(NamedTuple):
-    """One file: its features if it has images, and the moments of both kinds of features."""
+    """One file: its features if it has images, and the Gaussians of both kinds of features."""
 
     features: np.ndarray | None  # (N, 2048 + 2023)
-    pooled: tuple[np.ndarray, np.ndarray]
-    spatial: tuple[np.ndarray, np.ndarray]
+    pooled: Gaussian
+    spatial: Gaussian
 
 
 def read_side(path: Path, extractor: AdmExtractor, cache: Path) -> Side:
-    """Features and moments of a file; moments that it carries are taken as they are.
+    """Features and Gaussians of a file; moments that it carries are taken as they are.
 
     Raises:
         UserError: if the file has neither images nor all four moments, or moments of a wrong shape.
@@ -59,12 +66,12 @@ def read_side(path: Path, extractor: AdmExtractor, cache: Path) -> Side:
             raise UserError(
                 f"{path}: the moments have the shapes {[part.shape for part in found]}; {sizes} are needed"
             )
-        return Side(features, (found[0], found[1]), (found[2], found[3]))
+        return Side(features, gaussian(found[0], found[1]), gaussian(found[2], found[3]))
     if features is None:
         raise UserError(
             f"{path} has neither arr_0 nor mu (it has: {', '.join(names)}); give ADM's reference or samples"
         )
-    return Side(features, moments(features[:, :NUM_FEATURES]), moments(features[:, NUM_FEATURES:]))
+    return Side(features, fit_gaussian(features[:, :NUM_FEATURES]), fit_gaussian(features[:, NUM_FEATURES:]))
 
 
 def figures(reference: Side, samples: Side, extractor: AdmExtractor) -> dict[str, Measured]:
@@ -79,8 +86,8 @@ def figures(reference: Side, samples: Side, extractor: AdmExtractor) -> dict[str
     given = replace(blank, n_real=0 if reference.features is None else len(reference.features))
     how = "" if given.n_real else "against the reference file's moments"
     found = {
-        "fid": replace(given, value=frechet_from_moments(*samples.pooled, *reference.pooled), note=how),
-        "sfid": replace(given, value=frechet_from_moments(*samples.spatial, *reference.spatial), note=how),
+        "fid": replace(given, value=gaussian_distance(samples.pooled, reference.pooled), note=how),
+        "sfid": replace(given, value=gaussian_distance(samples.spatial, reference.spatial), note=how),
     }
     pooled = samples.features[:, :NUM_FEATURES]
     probabilities = extractor.probabilities(torch.from_numpy(np.array(pooled)))

@@ -5,6 +5,7 @@ every figure is needed again for random halves of one feature matrix, which a pa
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,38 +26,42 @@ def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return mean, products / (len(features) - 1)
 
 
-def frechet_distance(generated: np.ndarray, real: np.ndarray) -> float:
-    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the Gaussians fitted to (N, D) and (M, D) (arXiv:1706.08500).
+class Gaussian(NamedTuple):
+    """A mean (D,) and a factor F (r, D) of the covariance F^T F."""
 
-    With C = F^T F on both sides the trace of the root is the sum of the singular values of F1 F2^T. For few images F
-    is the centred matrix itself, so that no D x D matrix is ever formed and N below D is as exact as any other.
-    """
-    (mean, factor), (other_mean, other_factor) = _mean_and_factor(generated), _mean_and_factor(real)
-    return _from_factors(mean - other_mean, factor, other_factor)
+    mean: np.ndarray
+    factor: np.ndarray
 
 
-def frechet_from_moments(mean: np.ndarray, cov: np.ndarray, other_mean: np.ndarray, other_cov: np.ndarray) -> float:
-    """The same distance of two Gaussians that are given by their moments: (D,), (D, D), (D,), (D, D)."""
-    return _from_factors(np.asarray(mean, np.float64) - other_mean, _factor_of(cov), _factor_of(other_cov))
-
-
-def _mean_and_factor(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def fit_gaussian(features: np.ndarray) -> Gaussian:
+    """The Gaussian of feature vectors (N, D); for N up to D the factor is the centred matrix itself."""
     if len(features) > features.shape[1]:
-        mean, cov = moments(features)
-        return mean, _factor_of(cov)
+        return gaussian(*moments(features))
     features = np.asarray(features, dtype=np.float64)
     mean = features.mean(axis=0)
-    return mean, (features - mean) / np.sqrt(len(features) - 1)
+    return Gaussian(mean, (features - mean) / np.sqrt(len(features) - 1))
 
 
-def _factor_of(cov: np.ndarray) -> np.ndarray:
+def gaussian(mean: np.ndarray, cov: np.ndarray) -> Gaussian:
+    """The Gaussian with these moments, (D,) and (D, D)."""
     values, vectors = np.linalg.eigh(np.asarray(cov, dtype=np.float64))
-    return np.sqrt(values.clip(min=0))[:, None] * vectors.T
+    return Gaussian(np.asarray(mean, dtype=np.float64), np.sqrt(values.clip(min=0))[:, None] * vectors.T)
 
 
-def _from_factors(difference: np.ndarray, factor: np.ndarray, other: np.ndarray) -> float:
-    root_trace = np.linalg.svd(factor @ other.T, compute_uv=False).sum()
-    return float(difference @ difference + np.square(factor).sum() + np.square(other).sum() - 2 * root_trace)
+def gaussian_distance(one: Gaussian, other: Gaussian) -> float:
+    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), the Frechet distance of two Gaussians.
+
+    With C = F^T F on both sides the trace of the root is the sum of the singular values of F1 F2^T: of few images no
+    D x D matrix is ever formed, and N below D is as exact as any other.
+    """
+    root_trace = np.linalg.svd(one.factor @ other.factor.T, compute_uv=False).sum()
+    traces = np.square(one.factor).sum() + np.square(other.factor).sum()
+    return float(np.square(one.mean - other.mean).sum() + traces - 2 * root_trace)
+
+
+def frechet_distance(generated: np.ndarray, real: np.ndarray) -> float:
+    """Frechet distance of the Gaussians fitted to feature vectors (N, D) and (M, D) (arXiv:1706.08500)."""
+    return gaussian_distance(fit_gaussian(generated), fit_gaussian(real))
 
 
 # --- Kernel distance ---
