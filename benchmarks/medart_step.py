@@ -86,7 +86,7 @@ def hldf_steps(setting: Setting, quick: bool) -> Steps:
         "ours, full": step(plain),
         "ours, full, adapters apart": step(plain, merge_lora=False),
         "ours, full, steps checkpointed": step(plain, checkpoint_steps=True),
-        "ours, full, all checkpointed": step(checkpointed, checkpoint_steps=True),
+        "ours, full, all checkpointed": step(checkpointed, checkpoint_steps=True, merge_lora=False),
         **{f"ours, {mode}": step(plain, gradient=mode) for mode in sampler.GRADIENT_MODES[1:-1]},
     }
     if not quick:

@@ -20,7 +20,7 @@ def test_the_quick_benchmark_compares_both_steps_and_ends_with_json(tmp_path):
     # Counts don't depend on how busy the machine is.
     assert ordinary["ours"]["operations"] < 0.8 * ordinary["baseline"]["operations"]
     assert hldf["ours, full"]["operations"] < 0.8 * hldf["baseline"]["operations"]
-    assert hldf["ours, full"]["operations"] < 0.9 * hldf["ours, full, adapters apart"]["operations"]
+    assert hldf["ours, full"]["operations"] < hldf["ours, full, adapters apart"]["operations"]  # even at M = 3
     assert {f"ours, {mode}" for mode in ("full", "last_k", "sparse", "one_step")} < hldf.keys()
     assert hldf["ours, full, all checkpointed"]["peak_mb"] < hldf["ours, full"]["peak_mb"]
     assert all(row["seconds_median"] > 0 for row in (*ordinary.values(), *hldf.values()))

@@ -1,6 +1,7 @@
 """The lean LoRA forward and the compiled blocks against PEFT's own layers and the plain ones."""
 
 import copy
+from typing import Any
 
 import peft
 import pytest
@@ -142,10 +143,12 @@ def test_merged_layers_give_the_products_and_gradients_of_the_rounded_sum(base_d
     x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(1)).to(base_dtype)
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
+    inner: Any = model.base_model.model
+
     def through_sums() -> torch.Tensor:
         hidden = x
-        for layer in (model.base_model.model.first, model.base_model.model.second):
-            hidden = hidden.tanh() if layer is model.base_model.model.second else hidden
+        for layer in (inner.first, inner.second):
+            hidden = hidden.tanh() if layer is inner.second else hidden
             delta = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
             merged = (layer.base_layer.weight.float() + delta).to(base_dtype)
             hidden = nn.functional.linear(hidden, merged, layer.base_layer.bias)
@@ -246,7 +249,7 @@ def rollout(model: pretrained.PixArt, merged: bool, autocast: bool, **options) -
     with lean_lora.merged(model.transformer, merged):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             prompts = encode_with_negative(model.tokenizer, model.text_encoder, ["a chest x-ray"])
-            steps = {"num_inference_steps": 4, "k": 2, "generator": torch.Generator().manual_seed(1)}
+            steps: dict[str, Any] = {"num_inference_steps": 4, "k": 2, "generator": torch.Generator().manual_seed(1)}
             latents = sample_latents(model.transformer, model.scheduler, noise, *prompts, **steps, **options)
         gradients = torch.autograd.grad(latents.square().sum(), list(adapters.values()))
     return latents.detach(), dict(zip(adapters, gradients, strict=True))
@@ -259,7 +262,7 @@ def test_a_merged_rollout_is_the_separate_one_in_fp32(model, gradient, checkpoin
         network.float()
         lean_lora.enable(network)
     pretrained.set_gradient_checkpointing(model, checkpointing)
-    options = {"autocast": False, "gradient": gradient, "checkpoint_steps": checkpointing}
+    options: dict[str, Any] = {"autocast": False, "gradient": gradient, "checkpoint_steps": checkpointing}
     expected, actual = (rollout(model, merged, **options) for merged in (False, True))
     assert relative_error(actual[0], expected[0]) <= 1e-5
     assert all(gradient.abs().max() > 0 for gradient in expected[1].values())
@@ -271,7 +274,7 @@ def test_a_merged_rollout_in_bf16_begins_as_the_base_and_learns_alike(model, che
     for network in (model.transformer, model.text_encoder):
         lean_lora.enable(network)
     pretrained.set_gradient_checkpointing(model, checkpointing)
-    options = {"autocast": True, "gradient": "full", "checkpoint_steps": checkpointing}
+    options: dict[str, Any] = {"autocast": True, "gradient": "full", "checkpoint_steps": checkpointing}
     assert_same_step((0, rollout(model, True, **options)[1]), (0, rollout(model, False, **options)[1]), 0.1)
     with torch.no_grad():
         for name, parameter in model.transformer.named_parameters():
@@ -314,7 +317,7 @@ def test_blocks_are_traced_whole_and_train_alike(model):
 def test_compiled_blocks_serve_merged_rollouts_with_one_graph_more(model):
     for network in (model.transformer, model.text_encoder):
         lean_lora.enable(network)
-    options = {"autocast": True, "gradient": "full"}
+    options: dict[str, Any] = {"autocast": True, "gradient": "full"}
     expected = rollout(model, True, **options)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
