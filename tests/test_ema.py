@@ -1,6 +1,7 @@
 """The average of the weights: what it is after some steps, that nothing else changes it, and how it starts."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,9 +9,9 @@ from torch import nn
 from medart_core.ema import EMA
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[1].bias.requires_grad_(False)
     return model
 
@@ -23,8 +24,9 @@ def test_the_average_is_the_weighted_sum_of_all_weights_so_far():
         model[0].weight.data.copy_(weight)
         ema.update(step)
     expected = 0.75**3 * first + 0.25 * (0.75**2 * weights[0] + 0.75 * weights[1] + weights[2])
-    torch.testing.assert_close(ema.model[0].weight, expected)
-    assert torch.equal(ema.model[1].bias, model[1].bias) and not ema.model[0].weight.requires_grad
+    averaged: Any = ema.model
+    torch.testing.assert_close(averaged[0].weight, expected)
+    assert torch.equal(averaged[1].bias, model[1].bias) and not averaged[0].weight.requires_grad
 
 
 def test_it_is_what_a_loop_over_the_parameters_gives():
@@ -49,7 +51,7 @@ def test_the_first_steps_count_less_unless_told_otherwise():
 
 def test_it_is_kept_in_fp32_and_apart_from_the_weights():
     model = network().to(torch.bfloat16)
-    average = EMA(model).model
+    average: Any = EMA(model).model
     assert all(p.dtype == torch.float32 for p in average.parameters()) and not average.training
     model[0].weight.data.zero_()
     assert average[0].weight.abs().sum() > 0
