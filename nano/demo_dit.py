@@ -96,7 +96,12 @@ def main() -> None:
         where = flags(features_path=out / "train", val_path=out / "val", results_dir=results, max_steps=options.steps)
         call("train.py", f"--model={MODEL}", *where, *flags(**TRAINING, global_seed=options.seed), "--no-flip")
     clock("training")
-    how = [f"--ckpt={run / 'checkpoints' / f'{options.steps:07d}.pt'}", "--balanced", "--sampler=dpm++"]
+    how = [
+        f"--ckpt={run / 'checkpoints' / f'{options.steps:07d}.pt'}",
+        "--balanced",
+        "--sampler=dpm++",
+        "--guided-channels=4",
+    ]
     how += flags(num_fid_samples=options.images, cfg_scale=CFG_SCALE, num_sampling_steps=SAMPLING_STEPS)
     how += flags(per_proc_batch_size=20, global_seed=options.seed, precision="bf16", sample_dir=results / "samples")
     call("sample_ddp.py", *how, processes=PROCESSES)

@@ -1,6 +1,7 @@
 """The average of the weights: what it is after some steps, that nothing else changes it, and how it starts."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -8,9 +9,9 @@ from torch import nn
 from medart_core.ema import EMA
 
 
-def network() -> nn.Sequential:
+def network() -> Any:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model: Any = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     model[1].bias.requires_grad_(False)
     return model
 
