@@ -5,14 +5,16 @@ OLD_PYTHON := '$(PYTHON)' is not Python 3.11 or newer: name one, as in PYTHON=/u
 LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint bench soak nano figures
+.PHONY: help demo demo-dit test lint bench bench-train-options soak nano figures
 
 help:
 	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, 20 minutes -> medart/demo.png"
 	@echo "QUICK=1 make demo  the same with fewer images and steps, 6 minutes -> results/quick-demo/demo.png"
+	@echo "make demo-dit a class-conditional DiT on chest X-rays, 12 minutes on 2 cores -> results/demo-dit/demo-dit.png"
 	@echo "make test     run the tests"
 	@echo "make lint     check style and types"
-	@echo "make bench    time ordinary and HLDF steps beside a plain baseline; the last line is JSON"
+	@echo "make bench    time Med-Art's and DiT's steps and captioning beside plain baselines; the last line of each is JSON"
+	@echo "make bench-train-options  steps per second and memory of train.py's ways to train, beside fast-DiT's table"
 	@echo "make soak     the long campaigns: resumes, kills, a step at full size (half an hour; 16 GB of memory)"
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
 	@echo "make figures  run the demo and copy its picture into img/ for the README"
@@ -20,6 +22,9 @@ help:
 
 demo: .venv/.installed
 	$(PY) nano/demo.py $(if $(QUICK),--quick)
+
+demo-dit: .venv/.installed
+	$(PY) nano/demo_dit.py
 
 test: .venv/.installed-dev
 	$(PY) -m pytest -q
@@ -31,6 +36,11 @@ lint: .venv/.installed-dev
 
 bench: .venv/.installed
 	$(PY) benchmarks/medart_step.py
+	$(PY) benchmarks/dit.py
+	$(PY) benchmarks/vsg.py
+
+bench-train-options: .venv/.installed
+	$(PY) benchmarks/train_options_table.py
 
 # -m "" also takes the cases that `make test` has of these campaigns.
 soak: .venv/.installed-dev
@@ -52,6 +62,7 @@ nano: .venv/.installed
 figures: demo
 	mkdir -p img
 	cp medart/demo.png img/demo.png
+	cp results/captions.png img/captions.png
 
 # The stamps are written last, so that an interrupted installation is taken up again.
 .venv/.created:

@@ -62,3 +62,26 @@ def test_the_quick_captioning_benchmark_counts_attempts_and_ends_with_json(tmp_p
     assert sides < document["cases"].keys()
     assert all(row["images_per_sec"] > 0 for row in document["cases"].values())
     assert document["bars"]["captioning in float32, times faster"]["to_pass"] == 5
+
+
+def test_the_quick_dit_benchmark_compares_all_parts_and_ends_with_json(capsys, monkeypatch):
+    import dit
+
+    monkeypatch.setattr(sys, "argv", ["dit.py", "--quick"])
+    dit.main()
+    said = capsys.readouterr().out
+    document = json.loads(said.splitlines()[-1])
+    assert document["parts"].keys() == dit.PARTS.keys() and len(document["bars"]) == 6
+    assert said.count("losses of three steps") == 5
+    assert document["bars"]["npz: ours against baseline"]["measured"] > 1  # by far, however busy the machine is
+
+
+def test_a_table_of_train_options_names_what_failed_and_what_was_published():
+    import train_options_table as table
+
+    measured = {"steps_per_sec": 1.5, "images_per_sec": 192.0, "peak_mem_gb": 30.25, "mfu_of_measured": 0.5}
+    row = table.text((True, True, True), measured | {"mfu_of_data_sheet": None})
+    assert row == "| yes | yes | yes | 1.500 | 192.0 | 30.25 | unknown | 50.0 % | 0.84 | 27,485 |"
+    assert "| out of memory |  |" in table.text((False, False, False), {"failed": "out of memory"})
+    other = table.text((False, True, True), measured | {"mfu_of_data_sheet": 0.1})
+    assert "| 10.0 % |" in other and all(line.count("|") == len(table.COLUMNS) + 1 for line in (row, other))
