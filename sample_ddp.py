@@ -119,12 +119,21 @@ def dit_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.de
     return Source(f"{name.replace('/', '-')}-{ckpt}-{facts}", (side, side), settings, table, draw)
 
 
+def read_prompts(path: Path, column: str) -> tuple[list[str], list[str]]:
+    """The captions of a metadata file or of its folder, and their labels where it has that column."""
+    folder, files = (path.parent, (path.name,)) if path.is_file() else (path, metadata.METADATA_FILES)
+    captions = [caption for _, caption in metadata.read_metadata(folder, column, files=files)]
+    try:
+        return captions, [label for _, label in metadata.read_metadata(folder, "label", "label", files)]
+    except UserError:
+        return captions, []
+
+
 def pixart_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Source:
     """The captions of a set in turn."""
     if not options.metadata:
         raise UserError("PixArt needs prompts; give a metadata.csv or its folder as --metadata")
-    folder = options.metadata.parent if options.metadata.is_file() else options.metadata
-    captions = [caption for _, caption in metadata.read_metadata(folder, options.caption_column)]
+    captions, labels = read_prompts(options.metadata, options.caption_column)
     model = tuned_model.load(options.lora, options.model, dtype, device, lora_scale=options.lora_scale)
     run = tuned_model.run_settings(options.lora) if options.lora else {}
     side = options.image_size or model.image_size
@@ -150,7 +159,10 @@ def pixart_source(options: argparse.Namespace, dtype: torch.dtype, device: torch
     settings = {"model": mark, "precision": str(dtype), "num_steps": steps, "prompts": digest}
     lora = options.lora.resolve().stem if options.lora else "base"
     name = f"PixArt-{lora}-size-{side}-cfg-{scale}-seed-{options.global_seed}"
-    return Source(name, (side, side), settings, [{"text": prompt} for prompt in prompts], draw)
+    table: list[dict[str, Any]] = [{"text": prompt} for prompt in prompts]
+    for row, facts in enumerate(table if labels else ()):
+        facts["label"] = labels[row % len(labels)]
+    return Source(name, (side, side), settings, table, draw)
 
 
 def draw(source: Source, rows: range) -> Tensor:

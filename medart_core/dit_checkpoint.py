@@ -7,6 +7,7 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -90,7 +91,7 @@ def _download(url: str, file: Path) -> None:
             target.flush()
             os.fsync(target.fileno())
         os.replace(part, file)
-    except (OSError, ValueError) as error:  # urllib's own errors are OSErrors
+    except (OSError, ValueError, HTTPException) as error:  # urllib's own errors are OSErrors
         raise UserError(f"cannot fetch {url} ({error}); download it elsewhere and put it at {file}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -114,11 +115,11 @@ def read(file: Path) -> Weights:
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds no weights but a {type(content).__name__}; give the .pt file of a DiT")
     state = content.get("ema") or content.get("model") or content
-    args = content.get("args") or {}
-    args = vars(args) if isinstance(args, SimpleNamespace) else dict(args)
+    args = content.get("args")
+    args = vars(args) if isinstance(args, SimpleNamespace) else args if isinstance(args, Mapping) else {}
     if not isinstance(state, Mapping) or "y_embedder.embedding_table.weight" not in state:
         raise UserError(f"{file} holds no weights of a DiT; give a checkpoint of train.py, or a DiT's state dict")
-    return Weights(dict(state), str(file), args)
+    return Weights(dict(state), str(file), dict(args))
 
 
 def open_model(

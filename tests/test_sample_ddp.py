@@ -324,8 +324,10 @@ def test_pixart_with_a_lora(monkeypatch, tmp_path, tiny_pixart, x_rays):
     images = read_as_adm(tmp_path / "samples" / f"{name}.npz")
     assert images.shape == (14, 32, 32, 3) and len({image.tobytes() for image in images}) == 14
     with open(tmp_path / "samples" / f"{name}.csv", newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
-    assert texts[12:] == texts[:2]  # twelve captions, in turn
+        rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    assert rows[12:] == rows[:2] and rows[0][1] in rows[0][0]  # twelve captions with their labels, in turn
+    assert sample_ddp.read_prompts(x_rays / "metadata.csv", "text")[0] == [text for text, _ in rows[:12]]
+    assert sample_ddp.read_prompts(x_rays / "metadata.csv", "label")[0] == [label for _, label in rows[:12]]
     call(monkeypatch, "--model", tiny_pixart, *shared, "--sample-dir", tmp_path / "samples", "--no-png")
     assert (read_as_adm(tmp_path / "samples" / "PixArt-base-size-32-cfg-4.5-seed-0.npz") != images).any()
 
