@@ -93,7 +93,7 @@ def text(row: tuple[bool, bool, bool], result: dict[str, Any]) -> str:
         cells += [result["failed"], "", "", "", ""]
     else:
         share = [result["mfu_of_data_sheet"], result["mfu_of_measured"]]
-        cells += [f"{result['steps_per_sec']:.3f}", f"{result['images_per_sec']:.1f}", f"{result['peak_mem_gb']:.2f}"]
+        cells += [f"{result['steps_per_sec']:.3f}", f"{result['images_per_sec']:.3g}", f"{result['peak_mem_gb']:.2f}"]
         cells += ["unknown" if part is None else f"{100 * part:.1f} %" for part in share]
     published = PUBLISHED[row]
     first = "out of memory" if row == (False, False, False) else "not published"
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="DiT-XL/2" if cuda else "DiT-S/4", help="(default: see above)")
     parser.add_argument("--batch-size", type=int, default=128 if cuda else 8, metavar="N", help="global batch")
-    parser.add_argument("--steps", type=int, default=20 if cuda else 4, metavar="N", help="timed steps, after as many")
+    parser.add_argument("--steps", type=int, default=20 if cuda else 2, metavar="N", help="timed steps, after as many")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     print(f"{options.model}, batch {options.batch_size}, {SIZE} px, on {device}\n", flush=True)

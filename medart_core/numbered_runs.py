@@ -118,8 +118,10 @@ def publish(folder: Path, step: int, write: Callable[[BinaryIO], None], resume: 
             write(file)
             file.flush()
             os.fsync(file.fileno())
-    except Exception:
+    except Exception as error:
         part.unlink(missing_ok=True)  # half a checkpoint is of no use, and the disk may be full
+        if isinstance(error.__context__, OSError):  # which torch hides behind a complaint about its archive
+            raise error.__context__ from error
         raise
     _manifest(folder, step).unlink(missing_ok=True)  # of a checkpoint that was found damaged
     os.replace(part, target)

@@ -81,7 +81,7 @@ def test_a_table_of_train_options_names_what_failed_and_what_was_published():
 
     measured = {"steps_per_sec": 1.5, "images_per_sec": 192.0, "peak_mem_gb": 30.25, "mfu_of_measured": 0.5}
     row = table.text((True, True, True), measured | {"mfu_of_data_sheet": None})
-    assert row == "| yes | yes | yes | 1.500 | 192.0 | 30.25 | unknown | 50.0 % | 0.84 | 27,485 |"
+    assert row == "| yes | yes | yes | 1.500 | 192 | 30.25 | unknown | 50.0 % | 0.84 | 27,485 |"
     assert "| out of memory |  |" in table.text((False, False, False), {"failed": "out of memory"})
     other = table.text((False, True, True), measured | {"mfu_of_data_sheet": 0.1})
     assert "| 10.0 % |" in other and all(line.count("|") == len(table.COLUMNS) + 1 for line in (row, other))

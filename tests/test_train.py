@@ -224,6 +224,15 @@ def test_a_kill_while_saving_loses_one_interval(flags, run, tmp_path, moment):
     assert same(read(folder, 6)["model"], read(tmp_path / "whole" / f"000-{RUN}", 6)["model"])
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(flags, tmp_path):
+    full = (disturb, "full disk", 4, "train", "diffusion_loss")
+    assert forked(flags, tmp_path / "log", 1, full) == [2]
+    said = (tmp_path / "log.0").read_text()
+    assert said.count("error: cannot write in") == 1 and "File too large" in said and "Traceback" not in said
+    folder = tmp_path / "results" / f"000-{RUN}"
+    assert numbered_runs.latest(folder) == 3 and not list((folder / "checkpoints").glob(".unfinished*"))
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_a_longer_run_goes_on(run, flags, tmp_path, capsys):
     run(*flags)
     folder = tmp_path / "results" / f"000-{RUN}"
