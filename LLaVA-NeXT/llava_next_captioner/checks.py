@@ -5,6 +5,7 @@ of the plural.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -113,8 +114,8 @@ def loops(text: str) -> bool:
         for start in range(len(words) - size * times + 1):
             if words[start : start + size * (times - 1)] == words[start + size : start + size * times]:
                 return True
-    grams = [tuple(words[i : i + LONG_NGRAM]) for i in range(len(words) - LONG_NGRAM + 1)]
-    return any(grams.count(gram) >= 3 for gram in set(grams))
+    grams = Counter(tuple(words[i : i + LONG_NGRAM]) for i in range(len(words) - LONG_NGRAM + 1))
+    return any(times >= 3 for times in grams.values())
 
 
 def unfinished(text: str, finished: bool = True) -> bool:
