@@ -27,7 +27,8 @@ SPELLINGS = {
 }  # fmt: skip
 # What shortening can mend.
 ONLY_LENGTH = frozenset({"too_many_words", "too_many_tokens"})
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”)\]]*(?=\s+[^\s\da-z]|\s*$)")
+# Each run of marks is looked at once, as a whole: a server may send thousands of dots.
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”)\]]*+(?=\s+[^\s\da-z]|\s*$)")
 
 
 def check(
