@@ -42,6 +42,7 @@ class Work:
     split: Split
     journal: Journal
     labels: dict[str, str]  # by file name
+    classes: Sequence[str]
     opts: VSGOptions
     template: str | None
     tokenizer: Any
@@ -70,7 +71,7 @@ class Work:
             finished=finished,
             simple_caption=image.row.caption,
             label=image.label,
-            labels=sorted(set(self.labels.values())),
+            labels=self.classes,
             features=self.features(image.row.caption),
             count_tokens=lambda said: text.count_tokens(self.tokenizer, [said])[0],
             max_words=self.opts.max_words,
@@ -90,13 +91,13 @@ def take_up(work: Work, number: int, engine: engines.Engine, decoders: ThreadPoo
 
 
 def attempt(work: Work, images: Sequence[Described], chunk: engines.Chunk, picks: list[tuple[int, int]]) -> None:
-    """Draw descriptions, (image, attempt) each, and note the checks they fail; an image takes its first good one."""
+    """Draw descriptions, (image, attempt) each, and note the checks they fail; one that fails none is taken."""
     for (index, number), answer in zip(picks, chunk.sample(picks), strict=True):
         image, said = images[index], captioning.clean_text(answer.text)
         failed = work.failed(said, image, answer.finished)
         facts = {"attempt": number, "text": said, "tokens": answer.tokens, "finished": answer.finished}
         image.attempts.append({**facts, "failed": failed})
-        if not failed and image.text is None:
+        if not failed:
             image.settle(captioning.ACCEPTED, said)
 
 
@@ -113,17 +114,14 @@ def shorten(work: Work, image: Described) -> None:
 
 def describe(work: Work, images: Sequence[Described], chunk: engines.Chunk) -> None:
     """A caption for every image of a chunk, all of it from one prefill of the model."""
-    # 1. One attempt at each image.
-    attempt(work, images, chunk, [(index, 0) for index in range(len(images))])
+    # 1. Attempt after attempt at those that have no good one yet: none is drawn, or paid for, in vain.
+    for number in range(work.opts.attempts):
+        attempt(work, images, chunk, [(index, number) for index, image in enumerate(images) if image.text is None])
 
-    # 2. The remaining attempts at those whose first one was rejected.
-    rejected = [index for index, image in enumerate(images) if image.text is None]
-    attempt(work, images, chunk, [(index, n) for index in rejected for n in range(1, work.opts.attempts)])
-
-    for image in (images[index] for index in rejected):
-        # 3. A description that is only too long is shortened.
+    for image in images:
+        # 2. A description that is only too long is shortened.
         shorten(work, image)
-        # 4. The simple caption is never wrong.
+        # 3. The simple caption is never wrong.
         if image.text is None:
             image.settle(captioning.FALLEN_BACK, image.row.caption)
 
@@ -131,20 +129,20 @@ def describe(work: Work, images: Sequence[Described], chunk: engines.Chunk) -> N
 # --- All of them ---
 
 
-def begin(opts: VSGOptions, dtype: torch.dtype, owner: bool) -> tuple[str, list[Work]]:
+def begin(opts: VSGOptions, dtype: torch.dtype, device: torch.device, owner: bool) -> tuple[str, list[Work]]:
     """Meet every mistake before a model loads; then the model's name, and the splits with what is done of them."""
     data_dir = opts.data_dir or (KVASIR if (ROOT / KVASIR / captioning.SIMPLE_CAPTIONS).is_file() else None)
     splits = captioning.read_splits(Path(training_data.locate(data_dir)), opts.batch_size)
     template = opts.read_template()
     examples = {}
     for caption in {row.caption: None for split in splits for row in split.rows}:
-        domain = opts.domain or prompts.domain_of(caption)
-        if domain not in examples:
+        named = prompts.domain_of(caption) or opts.domain  # no --domain makes an endoscopy one that a card knows
+        if named not in examples:
             try:
-                prompts.build(domain, caption, "", opts.feature_list(), template)
+                prompts.build(opts.domain or named, caption, "", opts.feature_list(), template)
             except ValueError as error:
                 raise UserError(f"{caption!r}: {error}; see --domain, --features and --prompt-file") from error
-            examples[domain] = caption
+            examples[named] = caption
     model = opts.model or opts.random_weights
     if opts.engine == "transformers" and not opts.random_weights:
         model = captioners.choose(opts.model, examples, data_dir or training_data.DEFAULT_DATA)
@@ -153,13 +151,14 @@ def begin(opts: VSGOptions, dtype: torch.dtype, owner: bool) -> tuple[str, list[
     tokenizer = text.load_tokenizer(training_data.locate(opts.tokenizer or captioners.TOKENIZER))
     shorten = shortening.drop_sentences
     if opts.shortener != "sentences":
-        shorten = shortening.T5Shortener(opts.shortener, str(devices.pick_device()))
+        shorten = shortening.T5Shortener(opts.shortener, str(device))
     works = []
     for split in splits:
         of_caption = prompts.labels_from_captions(row.caption for row in split.rows)
         labels = {row.file_name: row.label or of_caption[row.caption] for row in split.rows}
         journal = captioning.open_journal(split, settings, opts.max_images, opts.overwrite, owner)
-        works.append(Work(split, journal, labels, opts, template, tokenizer, shorten))
+        classes = sorted(set(labels.values()))
+        works.append(Work(split, journal, labels, classes, opts, template, tokenizer, shorten))
     return str(model), works
 
 
@@ -224,7 +223,7 @@ def main() -> int:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     dtype = devices.named_dtype(opts.dtype, device)
     with stopping.first_process_begins(processes):
-        model, works = begin(opts, dtype, owner=rank == 0)
+        model, works = begin(opts, dtype, device, owner=rank == 0)
 
     pending = [(work, number) for work in works for number in work.pending()]
     with stopping.StopSignal(say=rank == 0) as stop, checkpoint.disk_faults(works[0].split.folder, SAFE):
@@ -237,7 +236,7 @@ def main() -> int:
             time.sleep(0.5)
             for work in works:
                 work.journal.take_in_parts()
-        left = sum(number in work.pending() for work, number in (pending if rank == 0 else jobs))
+        left = sum(number not in work.journal.items for work, number in (pending if rank == 0 else jobs))
         if left:
             if rank == 0:
                 print(f"stopped, {left} of {len(pending)} chunks are left: run the same command again to go on")

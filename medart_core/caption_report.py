@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from medart_core.captioning import ACCEPTED, FALLEN_BACK, SHORTENED, UNREADABLE, Split
+from medart_core.errors import UserError
 from medart_core.images import open_image
 from medart_core.journal import Item, Journal
 from medart_core.pictures import caption_sheet
@@ -21,8 +22,12 @@ def report(journals: Sequence[tuple[Split, Journal]], picture: Path, max_fallbac
     """Print the summary, write the picture, and return the exit code: 3 if a larger share fell back, else 0."""
     summary = summarize([item for _, journal in journals for item in journal.by_name().values()])
     print("\n".join(lines(summary)), flush=True)
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    example_sheet(journals).save(picture)
+    sheet = example_sheet(journals)
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(picture)
+    except OSError as error:
+        raise UserError(f"all is described, but {picture} cannot be written ({error}); see --picture") from error
     print(f"picture: {picture}", flush=True)
     if summary["fallen_back_share"] <= max_fallback:
         return 0

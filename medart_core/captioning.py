@@ -5,7 +5,7 @@ import hashlib
 import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from medart_core.checkpoint import disk_faults, take, write_text
 from medart_core.errors import UserError
 from medart_core.images import open_image
 from medart_core.journal import Item, Journal, begin
-from medart_core.metadata import METADATA_FILES, raise_first, read_table
+from medart_core.metadata import METADATA_FILES, raise_first, read_rows, read_table
 from medart_core.prepared import CAPTIONS, COLUMNS, FRACTIONS, SIMPLE_CAPTIONS
 
 JOURNAL = "captions.jsonl"
@@ -168,12 +168,13 @@ def clean_text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def metadata(split: Split, items: Mapping[str, Item], labels: Mapping[str, str], replace: bool) -> tuple[str, int]:
+def metadata(split: Split, journal: Journal, labels: Mapping[str, str], replace: bool) -> tuple[str, int]:
     """The content of metadata.csv, and how many captions in it are a person's: unless `replace`, those stay.
 
     Images that cannot be read are left out, those without an item have their simple caption.
     """
-    of_person = {} if replace else captions_of_person(split, items)
+    items = journal.by_name()
+    of_person = {} if replace else captions_of_person(split, items, journal.header.get("written", ()))
     rows = []
     for row in split.rows:
         item = items.get(row.file_name)
@@ -184,13 +185,17 @@ def metadata(split: Split, items: Mapping[str, Item], labels: Mapping[str, str],
     return _as_csv(COLUMNS[CAPTIONS], rows), len(of_person)
 
 
-def captions_of_person(split: Split, items: Mapping[str, Item]) -> dict[str, str]:
-    """Those captions in metadata.csv that are neither simple ones nor in the journal."""
+def captions_of_person(split: Split, items: Mapping[str, Item], written: Container[int] = ()) -> dict[str, str]:
+    """Those captions in metadata.csv that are neither in the journal nor, but for the chunks `written`, simple ones.
+
+    Where a description was written, the simple caption is what a person has put back.
+    """
     there, found = _captions_there(split.folder), {}
     for row in split.rows:
         text, simple = there.get(row.file_name, (None, None))
         item = items.get(row.file_name)
-        if text not in (None, simple, row.caption, item and item["text"]):
+        ours = [item["text"]] if item and item["chunk"] in written else [simple, row.caption, item and item["text"]]
+        if text not in (None, *ours):
             found[row.file_name] = text
     return found
 
@@ -200,14 +205,12 @@ def _captions_there(folder: Path) -> dict[str, tuple[str, str | None]]:
     file = folder / CAPTIONS
     if not file.is_file():
         return {}
-    with open(file, newline="", encoding="utf-8-sig") as stream:
-        try:
-            table = list(csv.DictReader(stream, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(
-                f"{file} cannot be read ({error}); mend it, or remove it to have it written anew"
-            ) from error
-    named = [row for row in table if row.get("file_name") and (row.get("text") or "").strip()]
+    columns, rows = read_rows(file)
+    if not {"file_name", "text"} <= set(columns):
+        raise UserError(
+            f"{file} lacks the columns file_name,text; rename or add them (commas between), or move it away"
+        )
+    named = [row for _, row in rows if row["file_name"] and (row["text"] or "").strip()]
     return {row["file_name"]: (row["text"], row.get("simple_text")) for row in named}
 
 
@@ -233,10 +236,10 @@ def open_journal(
     path = split.folder / JOURNAL
     if not owner:
         return Journal.read(path, split.names)
-    if not path.exists() and not overwrite and len(captions_of_person(split, {})) == len(split.rows):
+    if not overwrite and len(captions_of_person(split, {})) == len(split.rows) and not path.exists():
         raise UserError(f"{split.folder / CAPTIONS} has longer captions for all images already; see --overwrite")
     with disk_faults(split.folder, "nothing is lost"):
-        take(split.folder, "describes images", "wait for its end")
+        take(split.folder, "describes images", "describe a copy of the folder")
         return begin(path, split.names, {**settings, "raw.csv": split.digest()}, split.wanted(max_images), overwrite)
 
 
@@ -246,7 +249,7 @@ def write_metadata(split: Split, journal: Journal, labels: Mapping[str, str]) ->
     if journal.finished and file.is_file():
         return f"{split.folder} is described already"
     replace = journal.header["overwrite"] and not journal.finished
-    content, kept = metadata(split, journal.by_name(), labels, replace)
+    content, kept = metadata(split, journal, labels, replace)
     if content.count("\n") == 1:
         raise UserError(f"no image of {split.folder} can be read, see {JOURNAL}; mend them and add --overwrite")
     write_text(file, content)

@@ -122,7 +122,8 @@ def begin(
         for name in sorted(before.keys() | options.keys())
         if before.get(name) != options.get(name)
     ]
-    if changed and not overwrite:
+    # Items are looked for line by line: cut into other chunks, none may be whole.
+    if changed and not overwrite and (journal.parts() or any("chunk" in line for line in _whole_lines(path))):
         raise UserError(
             f"{path} was made with other options ({'; '.join(changed)}); give those to go on, "
             "or --overwrite to start anew"
@@ -133,7 +134,8 @@ def begin(
             part.unlink()
         journal = Journal(path, names, {"options": options, "overwrite": overwrite})
     elif journal.finished and not journal.items.keys() >= set(wanted):
-        journal.header["overwrite"] = journal.finished = False
+        journal.header |= {"overwrite": False, "written": sorted(journal.items)}
+        journal.finished = False
     if not journal.finished or journal.parts():  # a kill may come between the last line and the end of the parts
         journal.publish()
     return journal

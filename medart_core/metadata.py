@@ -18,7 +18,7 @@ def raise_first(problems: Sequence[str]) -> None:
         raise UserError(problems[0] + (f" (and {len(problems) - 1} more like it)" if len(problems) > 1 else ""))
 
 
-def _read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
+def read_rows(file: Path) -> tuple[list[str], list[tuple[int, dict[str, Any]]]]:
     """The columns of a metadata file, and its rows with the number of the line on which each ends."""
     try:
         if file.suffix == ".csv":
@@ -60,7 +60,7 @@ def _row_problem(row: dict[str, Any], folder: Path, column: str, what: str, seen
 def metadata_columns(folder: Path, files: Sequence[str] = METADATA_FILES) -> list[str]:
     """The columns of the first of `files` that the folder has; none if it has none of them."""
     file = next((folder / name for name in files if (folder / name).is_file()), None)
-    return _read_rows(file)[0] if file else []
+    return read_rows(file)[0] if file else []
 
 
 def read_table(file: Path, column: str, remedy: str, what: str = "caption") -> list[tuple[int, dict[str, Any]]]:
@@ -72,7 +72,7 @@ def read_table(file: Path, column: str, remedy: str, what: str = "caption") -> l
         UserError: naming the file, the line and the remedy, for a missing column (`remedy`), a missing, doubled or
             escaping file_name, or an empty value.
     """
-    columns, rows = _read_rows(file)
+    columns, rows = read_rows(file)
     if not rows:
         raise UserError(f"{file} has no rows; it needs one per image, with the columns file_name,{column}")
     for name in ("file_name", column):

@@ -85,6 +85,8 @@ class VSGOptions:
         for name, low in (("top_p", 0.0), ("max_fallback", -1e-9)):
             if not low < getattr(self, name) <= 1:
                 raise UserError(f"--{_flag(name)} is {getattr(self, name)}; give a share, 1 at most")
+        if self.picture and Path(self.picture).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+            raise UserError(f"--picture is {self.picture}; give a name that ends in .png or .jpg")
         if self.engine == "openai" and not (self.base_url and self.model):
             raise UserError("--engine openai needs --base-url and --model; give the server's address and model name")
         if self.engine != "openai" and self.base_url:

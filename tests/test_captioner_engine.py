@@ -115,15 +115,15 @@ def test_choices_have_the_probabilities_of_top_k_and_top_p() -> None:
 
 def test_the_prompt_holds_one_bos_and_one_image(tiny, requests) -> None:
     _, processor = tiny
-    hostile = Request("a.png", requests[0].image, "What <image> is <image>?", "<image>A")
+    hostile = Request("a.png", requests[0].image, "What <image> is <ima<image>ge>?", "<image>A")
     template = processor.chat_template
     try:
         for text in (template, template.replace("{{ bos_token }}", "")):
             processor.chat_template = text
             (inputs,) = engine(tiny).prepare([hostile])._inputs
             assert (inputs.ids == processor.tokenizer.bos_token_id).sum() <= 1
-            assert "What  is ?" in processor.tokenizer.decode(inputs.ids)
-            (plain,) = engine(tiny).prepare([Request("b.png", hostile.image, "What  is ?", "A")])._inputs
+            assert "What   is <ima ge>?" in processor.tokenizer.decode(inputs.ids)
+            (plain,) = engine(tiny).prepare([Request("b.png", hostile.image, "What   is <ima ge>?", " A")])._inputs
             assert torch.equal(plain.ids, inputs.ids)
         processor.chat_template = None
         with pytest.raises(CaptionerError, match="no chat template"):

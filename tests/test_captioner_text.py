@@ -1,5 +1,7 @@
 """The captioner's words: prompts, checks of what the model says, and shortening."""
 
+import time
+
 import pytest
 
 from llava_next_captioner import checks, prompts
@@ -106,6 +108,8 @@ def test_beginning_and_end() -> None:
     assert faults("\n an ENDOSCOPIC  image of\tdyed lifted polyps. Blue.", caption=POLYPS + ".") == []
     assert faults("Sure! " + POLYPS + ".") == ["begins_with_caption"]
     assert faults(POLYPS + ".", finished=False) == ["unfinished"]
+    begun = time.monotonic()
+    assert "unfinished" in faults(POLYPS + "." * 50_000 + "x") and time.monotonic() - begun < 10  # not quadratic
     assert faults("") == ["begins_with_caption", "wrong_class", "unfinished"]
 
 

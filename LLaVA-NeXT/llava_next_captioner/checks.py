@@ -5,6 +5,7 @@ of the plural.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 
@@ -26,7 +27,8 @@ SPELLINGS = {
 }  # fmt: skip
 # What shortening can mend.
 ONLY_LENGTH = frozenset({"too_many_words", "too_many_tokens"})
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”)\]]*(?=\s+[^\s\da-z]|\s*$)")
+# Each run of marks is looked at once, as a whole: a server may send thousands of dots.
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]++[\"'”)\]]*+(?=\s+[^\s\da-z]|\s*$)")
 
 
 def check(
@@ -113,8 +115,8 @@ def loops(text: str) -> bool:
         for start in range(len(words) - size * times + 1):
             if words[start : start + size * (times - 1)] == words[start + size : start + size * times]:
                 return True
-    grams = [tuple(words[i : i + LONG_NGRAM]) for i in range(len(words) - LONG_NGRAM + 1)]
-    return any(grams.count(gram) >= 3 for gram in set(grams))
+    grams = Counter(tuple(words[i : i + LONG_NGRAM]) for i in range(len(words) - LONG_NGRAM + 1))
+    return any(times >= 3 for times in grams.values())
 
 
 def unfinished(text: str, finished: bool = True) -> bool:

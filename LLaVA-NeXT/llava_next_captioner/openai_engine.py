@@ -226,7 +226,7 @@ def _read_answer(reply: bytes, prefix: str) -> Answer:
         if not isinstance(text, str):
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError):
-        said = _one_line(reply[:200].decode("utf-8", "replace"))
+        said = _one_line(reply[:2000].decode("utf-8", "replace"))
         raise _Failed(f"the server's answer is no chat completion: {said}") from None
     if prefix and not text.lstrip().startswith(prefix):
         text = prefix + text

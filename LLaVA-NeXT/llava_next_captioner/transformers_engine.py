@@ -74,7 +74,8 @@ class TransformersEngine:
 
     def _inputs(self, request: Request) -> "_Inputs":
         tokenizer, image_token = self._processor.tokenizer, self._processor.image_token
-        prompt, prefix = (text.replace(image_token, "") for text in (request.prompt, request.prefix))
+        # By a space, for what stood around it must not make up another one.
+        prompt, prefix = (text.replace(image_token, " ") for text in (request.prompt, request.prefix))
         content = [{"type": "image"}, {"type": "text", "text": prompt}]
         text = self._processor.apply_chat_template(
             [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
