@@ -239,7 +239,7 @@ def open_journal(
     if not overwrite and len(captions_of_person(split, {})) == len(split.rows) and not path.exists():
         raise UserError(f"{split.folder / CAPTIONS} has longer captions for all images already; see --overwrite")
     with disk_faults(split.folder, "nothing is lost"):
-        take(split.folder, "describes images", "describe a copy of the folder")
+        take(split.folder, work="describes images", remedy="describe a copy of the folder")
         return begin(path, split.names, {**settings, "raw.csv": split.digest()}, split.wanted(max_images), overwrite)
 
 

@@ -233,7 +233,7 @@ def _check_whole(folder: Path) -> None:
         raise UserError(f"{error}; {advice}") from error
 
 
-def take(run_dir: Path, work: str = "trains", remedy: str = "choose another --output_dir") -> None:
+def take(run_dir: Path, *, work: str = "works", remedy: str = "choose another --output_dir") -> None:
     """Make `run_dir`, for this process alone until it ends, however it ends. Raises UserError if another one has it.
 
     A POSIX lock: forked loaders do not inherit it as they would flock's, and it holds across NFS.

@@ -40,7 +40,7 @@ def begin(folder: Path, images: LabelledImages, facts: dict[str, Any], shape: Se
     Raises:
         UserError: if the folder holds something else, or features with other facts, or another process fills it.
     """
-    checkpoint.take(folder, "works", f"choose another {OPTION}")
+    checkpoint.take(folder, remedy=f"choose another {OPTION}")
     index = {**facts, "shape": list(shape), "class_names": images.class_names, "images_sha256": images.digest()}
     finished = (folder / MANIFEST).exists()
     for name, part in ((MOMENTS, PART), (INDEX, STARTED)):

@@ -70,7 +70,7 @@ class SampleStore:
                 )
         elif self.folder.exists() or self.target.exists():
             raise UserError(f"{self.folder} or its .npz is of another program; choose another {OPTION}")
-        checkpoint.take(self.work, "works", f"choose another {OPTION}")
+        checkpoint.take(self.work, remedy=f"choose another {OPTION}")
         if rows_of(self.target) == self.shape[0] and not self._missing_pictures():
             shutil.rmtree(self.work)
             return False

@@ -43,7 +43,7 @@ def choose(results: Path, name: str, options: Mapping[str, Any], max_steps: int,
                 changed = "; ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
                 print(f"{folder} is not finished, but of other options ({changed})", flush=True)
         elif finished is None or finished.get("step", 0) < max_steps:
-            checkpoint.take(folder, RESULTS)
+            checkpoint.take(folder, remedy=f"choose another {RESULTS}")
             (folder / FOLDER).mkdir(exist_ok=True)
             checkpoint.clear_leftovers(folder / FOLDER)
             (folder / FINISHED).unlink(missing_ok=True)
@@ -51,7 +51,7 @@ def choose(results: Path, name: str, options: Mapping[str, Any], max_steps: int,
     taken = [int(path.name.split("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")]
     number = max(taken, default=-1) + 1
     folder = folder_of(results, number, name)
-    checkpoint.take(folder, RESULTS)
+    checkpoint.take(folder, remedy=f"choose another {RESULTS}")
     (folder / FOLDER).mkdir(exist_ok=True)
     checkpoint.write_json(folder / OPTIONS, dict(options))
     return number, 0

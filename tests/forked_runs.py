@@ -122,7 +122,9 @@ def disturb(what: str, micro_batch: int, script: str = "medart", loss_name: str 
         if what == "inf gradient":
             loss.register_hook(lambda gradient: gradient * float("inf"))
         elif what == "nan colour loss":
-            module.color_distribution_loss = lambda generated, _: generated.sum() * float("nan")
+            module.COLOR_LOSSES = dict.fromkeys(
+                module.COLOR_LOSSES, lambda generated, _: generated.sum() * float("nan")
+            )
         elif what == "full disk":
             resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
         else:

@@ -139,7 +139,7 @@ def first_moments(folder: Path) -> torch.Tensor:
 def test_two_processes_compute_the_gradient_of_one_with_both_images(run, flags, tmp_path):
     shared = [*flags, "--max_train_steps=1", "--max_grad_norm=1e9", "--gradient_accumulation_steps=2"]
     run(*shared, "--train_batch_size=2", "--hldf_batch_size=2", f"--output_dir={tmp_path / 'one'}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     arguments = [*shared, "--train_batch_size=1", "--hldf_batch_size=1", f"--output_dir={tmp_path / 'two'}"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
