@@ -21,7 +21,17 @@ from accelerate import PartialState
 from torch import Tensor
 from tqdm import tqdm
 
-from medart_core import dit_checkpoint, dit_sampling, metadata, pretrained, sampling, seeds, stopping, tuned_model
+from medart_core import (
+    devices,
+    dit_checkpoint,
+    dit_sampling,
+    metadata,
+    pretrained,
+    sampling,
+    seeds,
+    stopping,
+    tuned_model,
+)
 from medart_core.errors import UserError, exit_codes
 from medart_core.many_samples import SampleStore, fingerprint
 from medart_core.text import MAX_TOKENS
@@ -181,7 +191,7 @@ def main() -> None:
     torch.set_num_threads(1)  # another number changes the last bits
     is_dit = not options.lora and (options.model is None or options.model.startswith("DiT-"))
     bf16 = options.precision == "bf16" or (options.precision is None and device.type == "cuda" and not is_dit)
-    dtype, remark = pretrained.pick_dtype("bf16" if bf16 else "no", device)
+    dtype, remark = devices.pick_dtype("bf16" if bf16 else "no", device)
     state.print(remark or f"computing in {str(dtype).removeprefix('torch.')}")
 
     # 1. The model; the first process fetches what is not there yet.

@@ -43,15 +43,15 @@ def choose(results: Path, name: str, options: Mapping[str, Any], max_steps: int,
                 changed = "; ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
                 print(f"{folder} is not finished, but of other options ({changed})", flush=True)
         elif finished is None or finished.get("step", 0) < max_steps:
-            checkpoint.take(folder, RESULTS)
+            checkpoint.take(folder, "works", f"choose another {RESULTS}")
             (folder / FOLDER).mkdir(exist_ok=True)
             checkpoint.clear_leftovers(folder / FOLDER)
             (folder / FINISHED).unlink(missing_ok=True)
             return number, latest(folder)
-    taken = [int(path.name.split("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")]
+    taken = [int(match[1]) for path in results.glob("*-*") if (match := re.match(r"(\d{3,})-", path.name))]
     number = max(taken, default=-1) + 1
     folder = folder_of(results, number, name)
-    checkpoint.take(folder, RESULTS)
+    checkpoint.take(folder, "works", f"choose another {RESULTS}")
     (folder / FOLDER).mkdir(exist_ok=True)
     checkpoint.write_json(folder / OPTIONS, dict(options))
     return number, 0
