@@ -112,10 +112,10 @@ def build(opts: DiTOptions, source: Source, device: torch.device) -> DiT:
     if opts.ckpt:
         weights = dit_checkpoint.read(Path(opts.ckpt))
         like = {"image_size": source.image_size, "num_classes": source.num_classes}
-        trained = dit_checkpoint.load(DiT_models, weights, name=opts.model, **like).state_dict()
-        if trained.keys() != model.state_dict().keys():
-            raise UserError(f"{opts.ckpt} was trained {'without' if opts.qk_norm else 'with'} --qk-norm; do the same")
-        model.load_state_dict(trained)
+        loaded = dit_checkpoint.load(DiT_models, weights, name=opts.model, **like)
+        if loaded.state_dict().keys() != model.state_dict().keys():
+            raise UserError(f"{opts.ckpt} was trained {'without' if opts.qk_norm else 'with'} --qk-norm; do it alike")
+        model.load_state_dict(loaded.state_dict())
     model.set_checkpointing(opts.gradient_checkpointing)
     return model.to(device)
 

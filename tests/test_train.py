@@ -387,7 +387,7 @@ def test_weights_to_start_from_are_taken_or_refused_in_one_line(run, flags, tmp_
     torch.testing.assert_close(again, read(tmp_path / "results" / f"000-{RUN}", 6)["ema"], atol=1e-7, rtol=0)
     with pytest.raises(UserError, match=r"knows 3 classes, not 4; give --num-classes 3"):
         run(*flags, *start, "--num-classes=4")
-    with pytest.raises(UserError, match=r"0000006.pt was trained without --qk-norm; do the same"):
+    with pytest.raises(UserError, match="was trained without --qk-norm"):
         run(*flags, *start, "--qk-norm")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="cannot be read as weights"):
