@@ -60,13 +60,13 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.set_num_threads(1)  # another number changes the last bits
 
-    images = labelled_images.find(options.data_path)
-    vae = pretrained.load_vae(options.vae, torch.float32, device)
-    side = options.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
-    shape = (len(images), 2, 2, vae.config.latent_channels, side, side)
-    facts = {"vae": options.vae, "image_size": options.image_size, "scaling_factor": vae.config.scaling_factor}
     todo = True
     with stopping.first_process_first(device):
+        images = labelled_images.find(options.data_path)
+        vae = pretrained.load_vae(options.vae, torch.float32, device)
+        side = options.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        shape = (len(images), 2, 2, vae.config.latent_channels, side, side)
+        facts = {"vae": options.vae, "image_size": options.image_size, "scaling_factor": vae.config.scaling_factor}
         if state.is_main_process:
             todo = feature_store.begin(folder, images, facts, shape)
         todo = todo and not (folder / feature_store.MANIFEST).exists()
@@ -90,11 +90,11 @@ def main() -> None:
     )
 
     # 2. Each group goes through the encoder by itself, so that its bytes depend on nothing else.
-    done = (len(groups) - len(pending)) * feature_store.GROUP
+    done = min((len(groups) - len(pending)) * feature_store.GROUP, len(images))
     with tqdm(desc="encoding", unit="image", total=len(images), initial=done, disable=rank > 0) as progress:
         for group, pixel_values in loader:
             extraction.write(group, encode(vae, pixel_values.to(device)))
-            progress.update(feature_store.GROUP * num_processes)
+            progress.update(min(feature_store.GROUP * num_processes, len(images) - progress.n))
     extraction.flush()
 
     # 3. One process gives the whole its name.

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dit_baseline as baseline
 from measure import interleave
 
-from medart_core import dit_data, feature_store, pretrained
+from medart_core import devices, dit_data, feature_store, pretrained
 from medart_core.dit_run import DiTRun
 from medart_core.dit_sampling import sample_latents
 from medart_core.feature_store import FeatureStore
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--quick", action="store_true", help="small networks, one round")
     options = parser.parse_args()
-    native = pretrained.bf16_is_native(torch.device("cpu"))
+    native = devices.bf16_is_native(torch.device("cpu"))
     document: dict[str, Any] = {"device": "cpu", "threads": torch.get_num_threads(), "torch": torch.__version__}
     document |= {"bf16_is_native": native, "rounds": 1 if options.quick else options.rounds, "parts": {}, "bars": {}}
     for part in options.only:

@@ -27,7 +27,8 @@ def pick_dtype(mixed_precision: str, device: torch.device, fp16: bool = False) -
     if mixed_precision == "no":
         return torch.float32, None
     if mixed_precision not in ("bf16", *["fp16"] * fp16):
-        raise UserError(f"mixed precision {mixed_precision!r} is not supported, T5 overflows in it; use bf16 or no")
+        reason = "" if fp16 else ", T5 overflows in it"
+        raise UserError(f"mixed precision {mixed_precision!r} is not supported{reason}; use bf16 or no")
     if mixed_precision == "fp16" and device.type == "cuda":
         return torch.float16, None
     dtype = torch.bfloat16 if bf16_is_native(device) else torch.float32

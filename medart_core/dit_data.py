@@ -88,7 +88,7 @@ class OldFeatures:
         if not names[0]:
             raise UserError(f"{self.features} holds no .npy files; extract the features anew")
         self.names = sorted(names[0], key=lambda name: (len(name), name))  # 2.npy before 10.npy
-        shape = np.load(self.features / self.names[0], mmap_mode="r").shape
+        shape = _old_array(self.features / self.names[0]).shape
         self.latent_shape, self.image_size, self.vae = shape[-3:], shape[-1] * 8, vae
         if image_size not in (None, self.image_size):
             raise UserError(
@@ -104,8 +104,8 @@ class OldFeatures:
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         names = [self.names[index] for index in indices]
-        features = np.stack([np.load(self.features / name).reshape(self.latent_shape) for name in names])
-        labels = np.concatenate([np.load(self.labels / name).reshape(1) for name in names])
+        features = np.stack([_old_array(self.features / name, self.latent_shape) for name in names])
+        labels = np.concatenate([_old_array(self.labels / name, (1,)) for name in names])
         if not 0 <= labels.min() <= labels.max() < self.num_classes:
             raise UserError(f"{self.labels} has class {labels.max()}; --num-classes is {self.num_classes}")
         return torch.from_numpy(features), torch.from_numpy(labels.astype(np.int64))
@@ -154,6 +154,14 @@ def _old_folders(folder: Path) -> tuple[Path, Path]:
     return features, labels
 
 
+def _old_array(file: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    try:
+        array = np.load(file)
+        return array if shape is None else array.reshape(shape)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{file} is damaged, or of another size ({error}); extract the features anew") from error
+
+
 def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same, each read from the disk while the GPU works on the one before; a CPU has no hands free for that."""
     if not torch.cuda.is_available():
@@ -198,20 +206,37 @@ def open_source(
             raise UserError(f"{folder} was made with --vae {source.vae}, not with {vae}")
     if num_classes is not None and num_classes < source.num_classes:
         raise UserError(f"--num-classes is {num_classes}, but the data have {source.num_classes} classes")
-    source.num_classes = num_classes or source.num_classes
+    if num_classes is not None:
+        if source.class_names:
+            further = [f"class {number}" for number in range(source.num_classes, num_classes)]
+            source.class_names = [*source.class_names, *further]
+        source.num_classes = num_classes
     return source
 
 
 def open_held_out(val_path: str | None, data_path: str | None, device: torch.device, source: Source) -> Source | None:
-    """Images or features like those of `source` to measure on: of `val_path`, else of `val/` beside the images."""
+    """Images or features like those of `source` to measure on: of `val_path`, else of `val/` beside the images.
+
+    Raises:
+        UserError: if those of `val_path` are of another size or of other classes.
+    """
+    asked = val_path is not None
     if val_path is None and data_path:
         beside = Path(data_path).resolve().parent / "val"
         val_path = str(beside) if any((beside / table).is_file() for table in labelled_images.TABLES) else None
     if val_path is None:
         return None
     where = (val_path, None) if any(Path(val_path).glob("*features.json")) else (None, val_path)
-    like = {"image_size": source.image_size, "num_classes": source.num_classes, "vae": source.vae}
-    return open_source(*where, device, **like, num_workers=0)
+    like = {"image_size": source.image_size, "num_classes": None, "vae": source.vae}
+    held_out = open_source(*where, device, **like, num_workers=0)
+    # A class is its number, and that depends on which classes there are.
+    if source.class_names and held_out.class_names != source.class_names[: held_out.num_classes]:
+        other = f"{val_path} has other classes than the training data ({', '.join(held_out.class_names)})"
+        if asked:
+            raise UserError(f"{other}; give held-out images of the same classes as --val-path, or leave it out")
+        print(f"no validation loss: {other}", flush=True)
+        return None
+    return held_out
 
 
 def training_batches(

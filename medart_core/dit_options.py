@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medart_core.errors import UserError
+from medart_core.gaussian_diffusion import NUM_TIMESTEPS
 from medart_core.medart_options import TRACKERS
 from medart_core.options import option
 
@@ -89,6 +90,8 @@ class DiTOptions:
         for name in ("class_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; give 0 or more, and less than 1")
+        if not 2 <= self.num_sampling_steps <= NUM_TIMESTEPS:
+            raise UserError(f"--num_sampling_steps is {self.num_sampling_steps}; give 2 to {NUM_TIMESTEPS}")
         if self.image_size and self.image_size % 8:
             raise UserError(f"--image_size is {self.image_size}; give a multiple of 8 such as 256")
         if self.data_path and self.features_path:
@@ -112,7 +115,7 @@ class DiTOptions:
 POSITIVE = (
     "image_size", "num_classes", "max_val_images", "epochs", "max_steps", "global_batch_size", "micro_batch_size",
     "gradient_accumulation_steps", "learning_rate", "max_grad_norm", "ckpt_every", "keep_ckpts", "log_every",
-    "num_sampling_steps", "cfg_scale",
+    "cfg_scale",
 )  # fmt: skip
 
 OPTIMIZER = ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "ema_decay", "no_ema_warmup")

@@ -89,7 +89,9 @@ def sample_images(
             model, torch.tensor([labels[row] for row in filled], device=device), noises, **sampler
         )
         for latent in latents[: len(rows)].split(1):
-            yield sampling.to_uint8(decode_latents(vae, latent))[0]
+            with torch.autocast(device.type, enabled=False):  # of a training in 16 bits
+                pixels = decode_latents(vae, latent)
+            yield sampling.to_uint8(pixels)[0]
 
 
 def choose_labels(asked: Sequence[str], num_classes: int, class_names: Sequence[str] = ()) -> list[int]:

@@ -1,6 +1,7 @@
 """What every training run writes while it goes: log.jsonl, trackers and pictures, without doubles after a resume."""
 
 import json
+import math
 import resource
 import sys
 from collections.abc import Mapping
@@ -36,10 +37,11 @@ class Entries:
         self.trackers = open_trackers(report_to, folder, first_step)
 
     def write(self, step: int, entry: Mapping[str, float | None]) -> None:
-        """One line; the trackers get the figures that are known."""
+        """One line, null for what is unknown or infinite; the trackers get the other figures."""
+        # JSON has no infinity, which is the gradient's norm where fp16 overflows.
+        known = {name: value for name, value in entry.items() if value is not None and math.isfinite(value)}
         with open(self.file, "a") as file:
-            file.write(json.dumps({"step": step, **entry}) + "\n")
-        known = {name: value for name, value in entry.items() if value is not None}
+            file.write(json.dumps({"step": step, **dict.fromkeys(entry), **known}) + "\n")
         for tracker in self.trackers:
             tracker.scalars(step, known)
 

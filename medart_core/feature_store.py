@@ -6,6 +6,7 @@ sums of all of them, and comes last. The array is filled in groups of `GROUP` im
 itself, so that its bytes do not depend on who made which group.
 """
 
+import errno
 import os
 import time
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ MOMENTS, LABELS, INDEX = "moments.npy", "labels.npy", "features.json"
 PART, STARTED, DONE = f"{TEMPORARY}{MOMENTS}", f"{TEMPORARY}{INDEX}", f"{TEMPORARY}groups-"
 SUMMED_BYTES = 2**28  # of a larger file only the size is compared at each start
 OPTION = "--features-path"
+KEPT = "what is done is kept"  # when the disk is full
 
 
 # --- Making one ---
@@ -59,9 +61,10 @@ def begin(folder: Path, images: LabelledImages, facts: dict[str, Any], shape: Se
     foreign = sorted(path.name for path in folder.iterdir() if not path.name.startswith(ours))
     if foreign:
         raise UserError(f"{folder} holds other things ({foreign[0]}, ...); choose another {OPTION}")
-    np.save(folder / LABELS, np.array(images.labels, dtype=np.int64))
-    np.lib.format.open_memmap(folder / PART, mode="w+", dtype=np.float16, shape=tuple(shape)).flush()
-    checkpoint.write_json(folder / STARTED, index)
+    with checkpoint.disk_faults(folder, KEPT):
+        np.save(folder / LABELS, np.array(images.labels, dtype=np.int64))
+        np.lib.format.open_memmap(folder / PART, mode="w+", dtype=np.float16, shape=tuple(shape)).flush()
+        checkpoint.write_json(folder / STARTED, index)
     return True
 
 
@@ -88,16 +91,20 @@ class Extraction:
     def write(self, group: int, moments: Tensor) -> None:
         """Put the moments of a group, (GROUP, 2, 2, C, h, w), to their place."""
         rows = moments[: self.num_rows - group * GROUP].to("cpu", torch.float16).contiguous().numpy()
-        os.pwrite(self.file, rows.tobytes(), self.offset + group * GROUP * self.row_bytes)
+        with checkpoint.disk_faults(self.folder, KEPT):
+            written = os.pwrite(self.file, rows.tobytes(), self.offset + group * GROUP * self.row_bytes)
+            if written < rows.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.written.append(group)
         if len(self.written) == FLUSHED:
             self.flush()
 
     def flush(self) -> None:
         """Bring what was written to the disk, and then note that it is there."""
-        os.fsync(self.file)
-        with open(self.journal, "a") as journal:
-            journal.write("".join(f"{group}\n" for group in self.written))
+        with checkpoint.disk_faults(self.folder, KEPT):
+            os.fsync(self.file)
+            with open(self.journal, "a") as journal:
+                journal.write("".join(f"{group}\n" for group in self.written))
         self.written = []
 
     def publish(self) -> None:

@@ -57,7 +57,8 @@ class SampleStore:
         """Start, or take up what an interrupted run has left; False if all is there. For one process, before the rest.
 
         Raises:
-            UserError: if there are samples that were made with other `settings`, or another run is making them.
+            UserError: if there are samples that were made with other `settings`, or more than are asked for without
+                pictures, or another run is making them.
         """
         if self.record.is_file():
             before = checkpoint.read_json(self.record, OPTION)
@@ -74,6 +75,12 @@ class SampleStore:
         if rows_of(self.target) == self.shape[0] and not self._missing_pictures():
             shutil.rmtree(self.work)
             return False
+        if (there := rows_of(self.target)) > self.shape[0] and not self._picture(self.shape[0]).exists():
+            shutil.rmtree(self.work)  # those beyond would be lost for good
+            raise UserError(
+                f"{self.target} has {there} images, {self.shape[0]} are asked for; "
+                f"choose another {OPTION}, or remove it"
+            )
         with self._disk_faults():
             self.target.unlink(missing_ok=True)  # of another number of samples, or its pictures are gone
             checkpoint.write_json(self.record, dict(settings))

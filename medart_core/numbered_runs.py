@@ -48,7 +48,7 @@ def choose(results: Path, name: str, options: Mapping[str, Any], max_steps: int,
             checkpoint.clear_leftovers(folder / FOLDER)
             (folder / FINISHED).unlink(missing_ok=True)
             return number, latest(folder)
-    taken = [int(path.name.split("-")[0]) for path in results.glob("[0-9][0-9][0-9]*-*")]
+    taken = [int(match[1]) for path in results.glob("*-*") if (match := re.match(r"(\d{3,})-", path.name))]
     number = max(taken, default=-1) + 1
     folder = folder_of(results, number, name)
     checkpoint.take(folder, remedy=f"choose another {RESULTS}")

@@ -113,6 +113,18 @@ def test_a_missing_or_damaged_file_is_one_line(extract, flags, tmp_path, name):
         FeatureStore(tmp_path / "out")
 
 
+def test_a_full_disk_is_one_line_and_the_rest_is_made_later(extract, flags, tmp_path, monkeypatch):
+    out = f"--features-path={tmp_path / 'out'}"
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match=r"No space left.*; what is done is kept: make"),
+    ):
+        patch.setattr(feature_store.os, "pwrite", lambda file, values, offset: len(values) - 1)
+        extract(*flags, out)
+    extract(*flags, out)
+    assert len(FeatureStore(tmp_path / "out")) == 12
+
+
 def test_an_image_that_cannot_be_read_stops_every_process_with_one_line(flags, tmp_path, x_rays):
     data = shutil.copytree(x_rays, tmp_path / "data")
     name = labelled_images.find(data).names[9]  # of the second process

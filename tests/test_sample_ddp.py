@@ -287,6 +287,9 @@ def test_an_archive_alone_and_its_restart(monkeypatch, tmp_path, arguments, whol
     assert drawn == [8, 9]
     assert {path.name for path in tmp_path.iterdir()} == {f"{NAME}.npz", f"{NAME}.csv", f"{NAME}.json"}
     assert (tmp_path / f"{NAME}.npz").read_bytes() == (whole / f"{NAME}.npz").read_bytes()
+    with pytest.raises(UserError, match="has 10 images, 3 are asked for; choose another --sample-dir, or remove it"):
+        call(monkeypatch, *given, "--num-fid-samples", 3)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{NAME}.npz", f"{NAME}.csv", f"{NAME}.json"}
 
 
 def test_a_full_disk_is_said_in_one_line(monkeypatch, tmp_path, arguments):

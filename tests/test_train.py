@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -123,6 +124,7 @@ def test_a_run_leaves_checkpoints_log_and_options_in_a_numbered_folder(run, flag
 def test_sample_grids_are_drawn_from_the_average(run, flags, tmp_path, tiny_pixart, x_rays):
     online = [f for f in flags if not f.startswith(("--features", "--num-samples"))]
     online += [f"--data-path={x_rays}", f"--vae={tiny_pixart}", "--image-size=32", "--num-workers=0"]
+    online += ["--num-classes=4"]  # one more than the data have: it has no name, but is drawn
     assert run(*online, "--max-steps=2", "--sample-every=1", "--num-samples=1", "--num-sampling-steps=2") == 0
     folder = tmp_path / "results" / f"000-{RUN}"
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-000001.png", "step-000002.png"]
@@ -141,6 +143,20 @@ def test_images_encoded_in_every_step_train_like_their_features(
     assert run(*shared, f"--feature-path={tmp_path / 'features'}") == 0
     online, stored = ([e["loss"] for e in entries(tmp_path / "results" / f"00{n}-{RUN}")] for n in (0, 1))
     assert online == pytest.approx(stored, rel=1e-3)
+
+
+def test_held_out_images_of_other_classes_are_not_measured_by_the_wrong_names(
+    run, flags, tmp_path, tiny_pixart, x_rays, capsys
+):
+    own = [flag for flag in flags if not flag.startswith("--features")] + ["--max-steps=1", "--image-size=32"]
+    train_set, val = shutil.copytree(x_rays, tmp_path / "train"), shutil.copytree(x_rays, tmp_path / "val")
+    lines = (val / "metadata.csv").read_text().splitlines(keepends=True)
+    (val / "metadata.csv").write_text("".join(line for line in lines if "bacterial" not in line))
+    own += [f"--data-path={train_set}", f"--vae={tiny_pixart}", "--num-workers=0"]
+    assert run(*own) == 0 and f"no validation loss: {val} has other classes" in capsys.readouterr().out
+    assert not any("loss_validation" in entry for entry in entries(tmp_path / "results" / f"000-{RUN}"))
+    with pytest.raises(UserError, match=r"has other classes than the training data .*as --val-path, or leave it out"):
+        run(*own, f"--val-path={val}")
 
 
 # --- Processes and parts of a step ---
@@ -340,6 +356,9 @@ def test_old_features_are_paired_by_name(run, flags, tmp_path):
     assert run(*own, f"--feature-path={folder}", "--num-classes=3") == 0
     with pytest.raises(UserError, match="has class 2; --num-classes is 2"):
         run(*own, f"--feature-path={folder}", "--num-classes=2")
+    np.save(folder / "imagenet256_features" / "11.npy", np.zeros((1, 4, 8, 8), np.float32))
+    with pytest.raises(UserError, match=r"imagenet256_features/11.npy is damaged, or of another size \("):
+        run(*own, f"--feature-path={folder}", "--num-classes=3")
     (folder / "imagenet256_labels" / "7.npy").unlink()
     with pytest.raises(UserError, match=r"imagenet256_labels/7.npy is missing \(1 such\)"):
         run(*own, f"--feature-path={folder}", "--num-classes=3")
@@ -355,6 +374,7 @@ def test_old_features_are_paired_by_name(run, flags, tmp_path):
         (["--features-path=/no/such"], "/no/such does not exist; make features with extract_features.py"),
         (["--data-path=/no/such"], "exclude each other"),
         (["--ema-decay=1"], "less than 1"),
+        (["--num-sampling-steps=1"], "give 2 to 1000"),
         (["--global-batch-size=0"], "above 0"),
         (["--micro-batch-size=1", "--gradient-accumulation-steps=2"], "say the same"),
         (["--options=fast"], "--options fast does not exist; choose from original, baseline"),
