@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dit_baseline as baseline
 from measure import interleave
 
-from medart_core import devices, dit_data, feature_store, pretrained
+from medart_core import devices, dit_data, feature_store
 from medart_core.dit_run import DiTRun
 from medart_core.dit_sampling import sample_latents
 from medart_core.feature_store import FeatureStore
