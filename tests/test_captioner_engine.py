@@ -90,6 +90,16 @@ def test_one_prefill_serves_all_attempts(tiny, requests, monkeypatch: pytest.Mon
     }
 
 
+def test_a_full_gpu_is_one_line(tiny, requests, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args) -> None:
+        raise torch.OutOfMemoryError("Tried to allocate 2 GiB")
+
+    full_engine = engine(tiny)
+    monkeypatch.setattr(full_engine, "_prefill", full)
+    with pytest.raises(CaptionerError, match="too small for 5 images at a time: take fewer"):
+        full_engine.prepare(requests).sample(each(requests))
+
+
 def test_noise_follows_seed_and_name(tiny, requests) -> None:
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(engine(tiny).prepare, requests).result().sample(each(requests))

@@ -127,13 +127,20 @@ class TransformersChunk:
         self._prefill: Prefill | None = None
 
     def sample(self, picks: Sequence[tuple[int, int]]) -> list[Answer]:
-        """One answer for each pick (index of a request, attempt), at most as many at once as there are requests."""
-        if self._prefill is None and picks:
-            self._prefill = self._engine._prefill(self._inputs)
-            self._inputs = []
+        """One answer for each pick (index of a request, attempt), at most as many at once as there are requests.
+
+        Raises `CaptionerError` if the GPU's memory is too small for the chunk.
+        """
         answers: list[Answer] = []
-        for start in range(0, len(picks), len(self._requests)):
-            answers += self._sample(picks[start : start + len(self._requests)])
+        try:
+            if self._prefill is None and picks:
+                self._prefill = self._engine._prefill(self._inputs)
+                self._inputs = []
+            for start in range(0, len(picks), len(self._requests)):
+                answers += self._sample(picks[start : start + len(self._requests)])
+        except torch.OutOfMemoryError as error:
+            count = len(self._requests)
+            raise CaptionerError(f"the GPU's memory is too small for {count} images at a time: take fewer") from error
         return answers
 
     def _sample(self, picks: Sequence[tuple[int, int]]) -> list[Answer]:
