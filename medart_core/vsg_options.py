@@ -93,6 +93,8 @@ class VSGOptions:
             raise UserError("--base-url is for --engine openai; add that, or leave --base-url out")
         if self.random_weights and (self.model or self.engine == "openai"):
             raise UserError("--random-weights takes the place of --model and of a server; leave one of them out")
+        if self.random_weights and not self.data_dir:
+            raise UserError("--random-weights describes nothing and still writes; give a copy of a set as --data-dir")
 
     def feature_list(self) -> list[str]:
         """The features asked for on the command line."""

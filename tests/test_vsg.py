@@ -30,6 +30,7 @@ from llava_next_captioner.random_weights import byte_processor, random_model
 from medart_core import captioners, captioning, errors, journal, training_data
 from medart_core.metadata import read_metadata
 from medart_core.pictures import caption_sheet, image_grid
+from medart_core.vsg_options import VSGOptions
 
 LABELS = ("normal lungs", "bacterial pneumonia", "viral pneumonia")
 HOSTILE = 'a "quoted", comma\nline\r\nlone\rreturn \u202eright-to-left\u202c שלום 😀 \u2028 nul \0 end'
@@ -544,6 +545,12 @@ def test_a_bad_table_is_met_before_the_model_loads(vsg, tmp_path, content: str, 
 def test_bad_options_are_one_line(vsg, tmp_path, flag: str, words: str) -> None:
     code, said = vsg(make_set(tmp_path / "train", 2), flag, real=True)
     assert code == 2 and words in said and said.count("\n") == 1
+
+
+def test_random_weights_describe_no_set_that_was_not_named() -> None:
+    with pytest.raises(errors.UserError, match="give a copy of a set as --data-dir"):
+        VSGOptions(random_weights="llama3-llava-next-8b").check()
+    VSGOptions(random_weights="llama3-llava-next-8b", data_dir="copy").check()
 
 
 def test_a_folder_without_captions_or_with_another_table_is_refused(vsg, tmp_path) -> None:
