@@ -114,13 +114,13 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
         self.q_norm = nn.RMSNorm(width // num_heads, eps=EPS) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(width // num_heads, eps=EPS) if qk_norm else nn.Identity()
+        self.attend: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, H, D/H)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, D/H) each
         q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))  # (B, N, D)
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class Mlp(nn.Module):
@@ -234,6 +234,12 @@ class DiT(nn.Module):
         for block in self.modules():
             if isinstance(block, DiTBlock):
                 block.checkpointing = mode
+
+    def set_attention(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        """Use another function of q, k and v, (B, H, N, D/H) each, that gives the same up to rounding."""
+        for layer in self.modules():
+            if isinstance(layer, Attention):
+                layer.attend = attend
 
     def compile_blocks(self, backend: str | Callable = "inductor") -> None:
         """Compile each block at its first call; one graph serves all of them."""

@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from diffusers_grad.attention import attend
 from medart_core import checkpoint, devices, dit_checkpoint, dit_data, numbered_runs, stopping
 from medart_core.dit_data import Source, training_batches
 from medart_core.dit_log import DiTLog, SampleGrids, validation_loss
@@ -117,6 +118,7 @@ def build(opts: DiTOptions, source: Source, device: torch.device) -> DiT:
             raise UserError(f"{opts.ckpt} was trained {'without' if opts.qk_norm else 'with'} --qk-norm; do it alike")
         model.load_state_dict(loaded.state_dict())
     model.set_checkpointing(opts.gradient_checkpointing)
+    model.set_attention(attend)
     return model.to(device)
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dit_baseline as baseline
 from measure import interleave
 
+from diffusers_grad.attention import attend
 from medart_core import devices, dit_data, feature_store
 from medart_core.dit_run import DiTRun
 from medart_core.dit_sampling import sample_latents
@@ -71,6 +72,7 @@ class OurTrainer:
     def __init__(self, model: DiT, dtype: torch.dtype = torch.float32, compiled: bool = False):
         rates: dict[str, Any] = {"learning_rate": 1e-4, "weight_decay": 0.0, "warmup_steps": 0, "max_grad_norm": None}
         average = {"ema_decay": baseline.EMA_DECAY, "no_ema_warmup": True}
+        model.set_attention(attend)
         self.run = DiTRun.start(model, torch.device("cpu"), dtype, Path(), {}, **rates, **average)
         self.diffusion, self.autocast = GaussianDiffusion(), autocast(dtype)
         if compiled:
@@ -175,6 +177,8 @@ def sampler_cases(quick: bool, _: Path) -> Cases:
     print(f"samples in fp32 differ by {difference:.1e} of their norm", flush=True)
     if difference > 1e-3:
         raise SystemExit("the samples differ")
+    for model in models.values():
+        model.set_attention(attend)
     if not quick:
         models["bf16, compiled"].compile_blocks()
         ours(models["bf16, compiled"])

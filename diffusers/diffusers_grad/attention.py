@@ -56,8 +56,8 @@ def split_heads(attn: Attention, features: Tensor) -> Tensor:
     return features.unflatten(2, (attn.heads, -1)).transpose(1, 2)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Scaled dot-product attention of (B, heads, N, width) with a bias on the scores."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention of (B, heads, N, width), perhaps with a bias on the scores."""
     few = query.shape[-2] * key.shape[-2] <= KEPT_SCORES
     if few and query.device.type == "cpu" and query.dtype == torch.bfloat16:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
