@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusers_grad.attention import attend
 from medart_core.checkpoint import TEMPORARY, write_json
 from medart_core.errors import UserError
 
@@ -165,6 +166,7 @@ def load(
     _check(model, weights, name, image_size, num_classes)
     # Assigned, not copied: of a file with optimiser and all only the average is ever read.
     model.load_state_dict({key: tensor.float() for key, tensor in weights.state.items()}, assign=True)
+    model.set_attention(attend)
     return model.requires_grad_(False).eval()
 
 
