@@ -19,12 +19,12 @@ from torch.nn import functional as F
 class LeanLinear(Linear):
     """PEFT's LoRA layer, with its state and names; what is not one plain adapter runs as PEFT's own."""
 
-    merged: "MergedLinear | None" = None
+    product: "MergedLinear | None" = None  # not `merged`, by which PEFT says that an adapter is in the weights
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """(..., in_features) -> (..., out_features), in the autocast dtype or else that of `x`."""
-        if self.merged is not None:
-            return self.merged(x)
+        if self.product is not None:
+            return self.product(x)
         if args or kwargs or not self.is_plain():
             return super().forward(x, *args, **kwargs)
         (name,) = self.active_adapters
@@ -142,5 +142,5 @@ def _products(model: nn.Module) -> list[tuple[nn.Module, str, list[LeanLinear]]]
             products.append((attention, "to_qkv", group))
     for layer in model.modules():
         if isinstance(layer, LeanLinear) and layer.is_plain() and layer not in apart:
-            products.append((layer, "merged", [layer]))
+            products.append((layer, "product", [layer]))
     return products

@@ -171,17 +171,28 @@ def test_merging_ends_with_its_context_and_is_for_plain_adapters_alone():
     expected = result(model)[0]
     layers = [module for module in model.modules() if isinstance(module, LeanLinear)]
     with pytest.raises(KeyError), lean_lora.merged(model):
-        assert all(layer.merged is not None for layer in layers)
+        assert all(layer.product is not None for layer in layers)
         assert relative_error(result(model)[0], expected) <= 1e-6
         raise KeyError
-    assert all(layer.merged is None and "merged" not in vars(layer) for layer in layers)
+    assert all(layer.product is None and "product" not in vars(layer) for layer in layers)
     with lean_lora.merged(model, wanted=False):
-        assert all(layer.merged is None for layer in layers)
+        assert all(layer.product is None for layer in layers)
     dora = make_adapted(use_dora=True)
     lean_lora.enable(dora)
     expected = dora(torch.ones(1, 24))
     with lean_lora.merged(dora):
         assert torch.equal(dora(torch.ones(1, 24)), expected)
+
+
+def test_an_adapter_that_peft_has_put_into_the_weights_counts_once():
+    model = make_adapted()
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(1))
+    expected = model(x)
+    lean_lora.enable(model)
+    model.merge_adapter()
+    assert relative_error(model(x), expected) <= 1e-6
+    model.unmerge_adapter()
+    assert relative_error(model(x), expected) <= 1e-6
 
 
 # --- The whole model ---
