@@ -8,9 +8,9 @@ LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 .PHONY: help demo demo-dit test lint bench bench-train-options soak nano figures
 
 help:
-	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, 20 minutes -> medart/demo.png"
-	@echo "QUICK=1 make demo  the same with fewer images and steps, 6 minutes -> results/quick-demo/demo.png"
-	@echo "make demo-dit a class-conditional DiT on chest X-rays, 12 minutes on 2 cores -> results/demo-dit/demo-dit.png"
+	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, 10 minutes -> medart/demo.png"
+	@echo "QUICK=1 make demo  the same with fewer images and steps, 3 minutes -> results/quick-demo/demo.png"
+	@echo "make demo-dit a class-conditional DiT on chest X-rays, 6 minutes on 2 cores -> results/demo-dit/demo-dit.png"
 	@echo "make test     run the tests"
 	@echo "make lint     check style and types"
 	@echo "make bench    time Med-Art's and DiT's steps and captioning beside plain baselines; the last line of each is JSON"
