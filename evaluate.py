@@ -214,6 +214,7 @@ def evaluate(options: argparse.Namespace) -> int:
     found |= privacy
     known = figures.examples(sets)
     found |= figures.agreement(judge, known)
+    found |= figures.described(sets)
     if not options.no_patients:
         found |= figures.recognised(known, options.seed, device=device(), show_progress=True)
     found |= figures.usefulness(known, options.utility_seeds, device=device(), show_progress=True)

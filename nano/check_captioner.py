@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from captioner_images import prepared
-from captioner_text import parse
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoTokenizer, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from llava_next_captioner import checks, prompts
+from medart_core.attribute_phrases import parse
 from medart_core.attributes import VALUES, Measured, measure
 from medart_core.packaged_sets import PATCH_CAPTION, TILE_CAPTION, XRAY_CAPTION
 from medart_core.text import clean

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoProcessor, AutoTokenizer, LlavaNextForConditionalGeneration
 
 from llava_next_captioner import checks, prompts
+from medart_core.attribute_phrases import PHRASES, domain_of, parse
 from medart_core.attributes import VALUES, measure
 from medart_core.images import open_image
 from medart_core.text import clean
@@ -17,7 +18,7 @@ from medart_core.text import clean
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "nano" / "llava-next"
 sys.path.insert(0, str(ROOT / "nano"))
-from captioner_text import PHRASES, describe, other_class, parse, prompt, simple_caption  # noqa: E402  # pyright: ignore[reportMissingImports]
+from captioner_text import describe, other_class, prompt, simple_caption  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 LABELS = ("normal lungs", "bacterial pneumonia", "viral pneumonia")
 
@@ -109,6 +110,7 @@ def test_descriptions_say_what_was_measured_and_parse_reads_it(domain, t5):
         simple = simple_caption(domain, label, rng)
         text = describe(domain, simple, measured, rng)
         assert text.startswith(simple) and text.endswith(".") and parse(domain, text) == measured
+        assert domain_of([simple, text]) == domain and domain_of([simple]) is None
         assert len(text.split()) <= 60 and len(t5(clean(text)).input_ids) <= 120
         assert simple in prompt(domain, simple, label, rng, bool(rng.random() < 0.5))
 

@@ -84,7 +84,7 @@ def attribute_agreement(
 
     Returns:
         `attribute_agreement_NAME` for each attribute that a prompt names, of the images whose prompts name it, the
-        chance agreement of shuffled prompts in its note, and `attribute_agreement`, the mean over those attributes.
+        chance agreement of shuffled prompts in its note; before them `attribute_agreement`, their mean.
     """
     figures: dict[str, Measured] = {}
     hits, counts, floors = [], [], []
@@ -101,7 +101,7 @@ def attribute_agreement(
         floor = None if None in floors else float(np.mean(floors))
         note = "mean of " + ", ".join(name.removeprefix("attribute_agreement_") for name in figures)
         sizes = len(claims), len(real_claims)
-        figures["attribute_agreement"] = Measured(value, low, high, *sizes, floor, note=note)
+        figures = {"attribute_agreement": Measured(value, low, high, *sizes, floor, note=note)} | figures
     return figures
 
 

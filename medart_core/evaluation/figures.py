@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from medart_core import attribute_phrases, attributes
 from medart_core.errors import UserError
 from medart_core.evaluation import colour, fidelity, privacy, reidentification, small_resnet, utility
 from medart_core.evaluation.classifier import Classifier
@@ -42,6 +43,7 @@ PRIVACY = ("authpct", "authpct_gap", "nearest_distance", "near_share", "duplicat
 
 NO_DOMAIN = "needs a classifier; fit one with python evaluate.py fit-extractor, and give it with --extractor"
 NO_TRAIN = "needs the training images; give --train"
+NO_ATTRIBUTES = "the prompts name no attribute that is measured on pixels; sample from VSG.py's captions"
 NO_CLASSES = "needs the classes of all images, in metadata.csv, by folders or by prompts that name them"
 
 
@@ -143,6 +145,18 @@ def agreement(classifier: Classifier | None, known: Mapping[str, Examples]) -> d
     if not {"generated", "real"} <= known.keys():
         return absent(["class_agreement"], NO_CLASSES)
     return fidelity.class_agreement(classifier, known["generated"], known["real"])
+
+
+def described(sets: Sets) -> dict[str, Measured]:
+    """How often the pixels show what the prompts say of brightness, haze and so on, beside real captions."""
+    texts = {side: sets[side].texts or () for side in ("generated", "real")}
+    domain = attribute_phrases.domain_of(texts["generated"])
+    if domain is None:
+        return absent(["attribute_agreement"], NO_ATTRIBUTES)
+    claims = {side: [attribute_phrases.parse(domain, text) for text in texts[side]] for side in texts}
+    shown = {side: [attributes.measure(domain, sets[side].image(row)) for row in range(len(texts[side]))]
+             for side in texts}  # fmt: skip
+    return fidelity.attribute_agreement(claims["generated"], shown["generated"], claims["real"], shown["real"])
 
 
 def usefulness(known: Mapping[str, Examples], seeds: int, **settings: Any) -> dict[str, Measured]:

@@ -27,6 +27,7 @@ TITLES = {
     "colour_histogram_distance": ("colour histogram distance", "lower", "earth mover's, mean of channels, [-1, 1]"),
     "class_agreement": ("agreement with the prompt", "higher", "share that a classifier of real images sees as asked"),
     "class_agreement_ratio": ("agreement over accuracy", "higher", "over that classifier's accuracy on real images"),
+    "attribute_agreement": ("attributes as prompted", "higher", "share whose pixels show what the prompt says"),
     "utility_ratio": (
         "utility",
         "higher",
