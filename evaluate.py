@@ -1,4 +1,4 @@
-"""Measure generated images against held-out real ones: quality, colour, usefulness, copies; report.json, report.md.
+"""Measure generated images against held-out real ones: quality, colour, usefulness, copies; report.html, report.json.
 
     python evaluate.py --generated results/sample-001 --real dataset/chest-xray/test --train dataset/chest-xray/train
     python evaluate.py --generated samples.npz --real dataset/chest-xray/test --num-images 200 --out results/mine
@@ -25,7 +25,7 @@ from torch import distributed
 
 from medart_core import sources
 from medart_core.errors import UserError, exit_codes
-from medart_core.evaluation import adm, classifier, figures, images, report, sheets
+from medart_core.evaluation import adm, classifier, figures, images, page, report, sheets
 from medart_core.evaluation.colour import ColourExtractor
 from medart_core.evaluation.features import extract_all, rank_and_size
 from medart_core.evaluation.figures import PixelExtractor
@@ -220,10 +220,12 @@ def evaluate(options: argparse.Namespace) -> int:
     found |= figures.usefulness(known, options.utility_seeds, device=device(), show_progress=True)
 
     out.mkdir(parents=True, exist_ok=True)
+    facts = run_facts(options, sets)
     pictures = sheets.write(out, sets, colour_rows, pairs)
-    file = report.write(out, found, run_facts(options, sets), pictures)
-    print(*report.table(found), sep="\n")
-    print(f"{file} with report.json and pictures beside it")
+    file = page.write(out, found, facts, sets, colour_rows, pairs)
+    report.write(out, found, facts, pictures)
+    print(*report.in_short(found), sep="\n")
+    print(f"{file}: a page to look at; report.md, report.json and pictures lie beside it")
     if copies and options.fail_on_copies:
         print(f"{len(copies)} of {len(sets['generated'])} images copy training images, see {out}", file=sys.stderr)
         return 4

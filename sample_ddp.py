@@ -45,7 +45,7 @@ def parse_options() -> argparse.Namespace:
     what.add_argument("--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
     what.add_argument("--no-png", action="store_true", help="make the .npz only")
     what.add_argument("--global-seed", type=int, default=0, metavar="N", help="(default: 0)")
-    what.add_argument("--balanced", action="store_true", help="all classes equally often, instead of at random")
+    what.add_argument("--balanced", action="store_true", help="all classes equally often, in turn")
     what.add_argument("--metadata", type=Path, metavar="PATH", help="metadata.csv, or its folder: PixArt's prompts")
     what.add_argument("--caption-column", default="text", metavar="NAME", help="its column of prompts (default: text)")
     model = parser.add_argument_group("model")
@@ -144,6 +144,8 @@ def pixart_source(options: argparse.Namespace, dtype: torch.dtype, device: torch
     if not options.metadata:
         raise UserError("PixArt needs prompts; give a metadata.csv or its folder as --metadata")
     captions, labels = read_prompts(options.metadata, options.caption_column)
+    if options.balanced:
+        captions, labels = sampling.classes_in_turn(captions, labels)
     model = tuned_model.load(options.lora, options.model, dtype, device, lora_scale=options.lora_scale)
     run = tuned_model.run_settings(options.lora) if options.lora else {}
     side = options.image_size or model.image_size

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from diffusers_grad import decode_latents, sample_latents
+from medart_core.errors import UserError
 from medart_core.pretrained import PixArt
 from medart_core.text import MAX_TOKENS, encode_with_negative
 
@@ -71,3 +72,17 @@ def sample_images(
             guidance_scale=guidance_scale,
         )
         yield from to_uint8(decode_latents(model.vae, latents[: len(rows)]))
+
+
+def classes_in_turn(prompts: Sequence[str], labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Prompts and labels with the classes in turn, until all are in; small classes begin again from their first.
+
+    Raises:
+        UserError: if there are no labels.
+    """
+    if not labels:
+        raise UserError("--balanced needs the classes of the prompts; give a --metadata with a column `label`")
+    members = [[row for row, other in enumerate(labels) if other == label] for label in dict.fromkeys(labels)]
+    turns = range(max(map(len, members)))
+    rows = [of_class[turn % len(of_class)] for turn in turns for of_class in members]
+    return [prompts[row] for row in rows], [labels[row] for row in rows]

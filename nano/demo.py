@@ -1,13 +1,13 @@
 """The whole method in minutes: chest X-rays are described, and the bundled model fine-tuned with and without HLDF.
 
-    python nano/demo.py                                 medart/ holds the run with HLDF, and demo.png
+    python nano/demo.py                                 medart/ holds the run with HLDF, demo.png, evaluation/
     python nano/demo.py --quick                         the same in a third of the time, to see that all works
     python nano/demo.py --captions simple --seed 1 --out results/color/seed-1
     python nano/demo.py --summary results/color         the table of several seeds
 
 Rows of the picture: real images of the test split, the base model, tuned without HLDF, tuned with HLDF for as many
-steps; the prompts are the captions of the real images, the noise is the same in all rows. Run it again after an
-interruption: it goes on.
+steps; the prompts are the captions of the real images, the noise is the same in all rows. At the end evaluate.py
+measures images of the last model: medart/evaluation/report.html. Run it again after an interruption: it goes on.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from measure import draw, evaluate
 from PIL import Image
 from recipe import OPTIONS, ROOT, describe, finetune
 
@@ -35,6 +36,7 @@ DATA = ROOT / "dataset" / "chest-xray"
 STEPS, QUICK_STEPS = 480, 100
 IMAGES, QUICK_IMAGES = 12, 6  # measured per class and row
 QUICK_DESCRIBED = 160  # of each split
+DRAWN, QUICK_DRAWN = 200, 60  # for the evaluation
 COLUMNS = {"vsg": "text", "simple": "simple_text"}
 ROWS = ("real", "base", "tuned without HLDF", "tuned with HLDF")
 
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help=f"optimiser steps of each run (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of both runs (default 0)")
     parser.add_argument("--images", type=int, help=f"measured images per class and row (default {IMAGES})")
+    parser.add_argument("--no-evaluation", action="store_true", help="leave the evaluation at the end out")
     parser.add_argument("--out", type=Path, help="folder of the runs (default medart)")
     parser.add_argument("--summary", type=Path, metavar="DIR", help="only sum up the seeds below DIR")
     options = parser.parse_args()
@@ -140,7 +143,7 @@ def main() -> None:
     updates = len(range(0, steps, OPTIONS["N_steps"]))
     print(
         f"plan: {'VSG, ' if options.captions == 'vsg' else ''}{steps} steps with HLDF ({updates} HLDF updates), "
-        f"{steps} steps without, one picture",
+        f"{steps} steps without, one picture{'' if options.no_evaluation else ', the evaluation'}",
         flush=True,
     )
     training_data.locate(None)  # prepares the set, where it is not there
@@ -167,7 +170,15 @@ def main() -> None:
     }
     (with_hldf / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    print(f"picture: {with_hldf / 'demo.png'}; runs, logs and samples: {with_hldf} and {without_hldf}")
+    print(f"runs, logs and samples: {with_hldf} and {without_hldf}; picture: {with_hldf / 'demo.png'}")
+
+    if not options.no_evaluation:
+        count = QUICK_DRAWN if options.quick else DRAWN
+        print(f"evaluation: {count} images of the run with HLDF", flush=True)
+        generated = draw(with_hldf, with_hldf / "generated", count, column)
+        quick = ["--no-patients", "--resamples", 20] if options.quick else []
+        page = evaluate(generated, with_hldf / "evaluation", "--utility-seeds", 1, *quick)
+        print(f"open {page} in a browser; picture: {with_hldf / 'demo.png'}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from forked_runs import enter, fork_ranks
 from PIL import Image
 
 import sample_ddp
-from medart_core import dit_sampling, lora, pretrained
+from medart_core import dit_sampling, lora, pretrained, sampling
 from medart_core.errors import UserError, exit_codes
 from medart_core.image_npz import ImageNpz, rows_of
 from medart_core.many_samples import runs
@@ -333,6 +333,13 @@ def test_pixart_with_a_lora(monkeypatch, tmp_path, tiny_pixart, x_rays):
     assert sample_ddp.read_prompts(x_rays / "metadata.csv", "label")[0] == [label for _, label in rows[:12]]
     call(monkeypatch, "--model", tiny_pixart, *shared, "--sample-dir", tmp_path / "samples", "--no-png")
     assert (read_as_adm(tmp_path / "samples" / "PixArt-base-size-32-cfg-4.5-seed-0.npz") != images).any()
+
+
+def test_prompts_of_all_classes_in_turn() -> None:
+    captions, labels = sampling.classes_in_turn(["a1", "a2", "a3", "b1"], ["a", "a", "a", "b"])
+    assert captions == ["a1", "b1", "a2", "b1", "a3", "b1"] and labels == ["a", "b"] * 3
+    with pytest.raises(UserError, match="needs the classes"):
+        sampling.classes_in_turn(["a1"], [])
 
 
 def test_published_defaults(monkeypatch):

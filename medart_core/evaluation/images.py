@@ -19,7 +19,7 @@ from medart_core.errors import UserError
 from medart_core.evaluation import npz
 from medart_core.image_files import files_of, images_of
 from medart_core.images import open_image
-from medart_core.metadata import METADATA_FILES, metadata_columns, raise_first, read_metadata
+from medart_core.metadata import METADATA_FILES, metadata_columns, raise_first, read_metadata, read_rows
 from medart_core.prepared import SIMPLE_CAPTIONS
 
 TABLES = (*METADATA_FILES, SIMPLE_CAPTIONS, "samples.csv")  # the last is sample.py's; the first that is there counts
@@ -94,7 +94,7 @@ def read(source: Path, *, show_progress: bool = True) -> ImageSet:
     """Find the images of a folder, .zip or .npz and decode each once; classes from a table or from class folders.
 
     Of a folder with metadata.csv, metadata.jsonl, raw.csv or samples.csv the images named there are taken, with the
-    columns `label` and `text` where there are such.
+    columns `label` and `text` where there are such; else a table of the same name beside it is used, SET.csv.
 
     Raises:
         UserError: naming the first image that cannot be decoded, or what is wrong with the table.
@@ -112,6 +112,8 @@ def read(source: Path, *, show_progress: bool = True) -> ImageSet:
             names = [str(name) for name in found]
             labels = [PurePosixPath(name).parts[0] for name in names] if all("/" in name for name in names) else None
         openers = [partial(_decode, found[PurePosixPath(name)], str(source / name)) for name in names]
+    if not labels and not texts:
+        labels, texts = _table_beside(source, names)
     if not names:
         raise UserError(f"{source} holds no images; give a folder of them, or a .npz")
     with ThreadPoolExecutor() as pool:
@@ -138,6 +140,18 @@ def _names(folder: Path) -> tuple[list[str], list[str] | None, list[str] | None]
     names = [name for name, _ in next(iter(tables.values()), ())]
     labels, texts = ([value for _, value in tables[name]] if name in tables else None for name in ("label", "text"))
     return names, labels, texts
+
+
+def _table_beside(source: Path, names: Sequence[str]) -> tuple[list[str] | None, list[str] | None]:
+    """Labels and texts of the table that sample_ddp.py leaves beside its folder and .npz, if it names these images."""
+    file = source.parent / f"{source.name.removesuffix('.npz')}.csv"
+    columns, rows = read_rows(file) if file.is_file() else ([], [])
+    stems = [PurePosixPath(str(row.get("file_name"))).stem for _, row in rows]
+    if stems != [PurePosixPath(name).stem for name in names]:
+        return None, None
+    values = {name: [row[name] for _, row in rows] for name in columns}
+    label = values.get("name", values.get("label"))  # DiT's labels are numbers, with names beside them
+    return label if label and all(label) else None, values.get("text")
 
 
 def _row_of(array: np.ndarray, row: int) -> Image.Image:

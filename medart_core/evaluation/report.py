@@ -1,64 +1,15 @@
-"""The report of an evaluation: report.json for programs, report.md for people."""
+"""The report of an evaluation: report.json for programs, report.md for people (page.py makes report.html)."""
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from medart_core.checkpoint import write_text
+from medart_core.evaluation.catalogue import beside_floor, by_question, explanations, put, title_of
 from medart_core.evaluation.measured import Measured
-
-# What each figure is called, which direction is better, and what it says.
-TITLES = {
-    "fid": ("FID", "lower", "Frechet distance of Inception features; mostly bias at a few hundred images"),
-    "kid": ("KID", "lower", "kernel distance of Inception features, unbiased; 0 for equal sets"),
-    "inception_score": ("Inception score", "higher", "over ImageNet's classes; means little on medical images"),
-    "precision": ("precision", "higher", "share of generated images among the real ones"),
-    "recall": ("recall", "higher", "share of real images among the generated ones"),
-    "density": ("density", "higher", "how thick generated images lie where real ones are"),
-    "coverage": ("coverage", "higher", "share of real images with a generated one nearby"),
-    "domain_frechet": ("domain Frechet distance", "lower", "the same distance for a classifier of this domain"),
-    "domain_density": ("density, domain", "higher", "in that classifier's features"),
-    "domain_coverage": ("coverage, domain", "higher", "in that classifier's features"),
-    "colour_statistics_distance": ("colour distance", "lower", "of average channel means and deviations, [-1, 1]"),
-    "chroma_error": ("chroma error", "lower", "difference of the average colourfulness, [-1, 1]"),
-    "colour_histogram_distance": ("colour histogram distance", "lower", "earth mover's, mean of channels, [-1, 1]"),
-    "class_agreement": ("agreement with the prompt", "higher", "share that a classifier of real images sees as asked"),
-    "class_agreement_ratio": ("agreement over accuracy", "higher", "over that classifier's accuracy on real images"),
-    "attribute_agreement": ("attributes as prompted", "higher", "share whose pixels show what the prompt says"),
-    "utility_ratio": (
-        "utility",
-        "higher",
-        "balanced accuracy of a classifier trained on generated over on real images",
-    ),
-    "utility_real": ("trained on real images", "", "that classifier's figures on held-out real images"),
-    "utility_synthetic": ("trained on generated images", "higher", "figures on the same held-out real images"),
-    "utility_both": ("trained on both", "higher", "figures on the same held-out real images"),
-    "authpct": ("authentic images, %", "as floor", "farther from the training images than those are from each other"),
-    "authpct_gap": (
-        "authenticity gap, points",
-        "near 0",
-        "the same minus that against held-out images; below 0: copies",
-    ),
-    "nearest_distance": (
-        "distance to training images",
-        "as floor",
-        "median to the nearest one, root mean square in [0, 1]",
-    ),
-    "near_share": ("near training images", "as floor", "share nearer than all but 1 % of held-out images"),
-    "reid_matches": (
-        "matches with training patients",
-        "as floor",
-        "share that a network takes for a training patient",
-    ),
-    "reid_sensitivity": ("known patients recognised", "", "by that network, of patients it has never seen"),
-    "reid_accuracy": ("patients told apart", "", "that network's accuracy on pairs of held-out images; chance is 0.5"),
-    "reid_auroc": ("patients told apart, AUROC", "", "the same without a threshold"),
-    "duplicate_share": ("duplicates of training images", "as floor", "share by a perceptual hash"),
-    "colour_diversity": ("colour diversity", "near 1", "variance of the images' mean colours over that of real ones"),
-}
 
 INTRODUCTION = (
     "**Not for diagnosis.** `real against real` is what other real images reach at the same number of images: no "
@@ -74,65 +25,69 @@ def write(folder: Path, figures: Mapping[str, Measured], run: Mapping[str, Any],
     content = {"run": dict(run)}
     for name, figure in figures.items():
         content[name] = {field: _plain(value) for field, value in asdict(figure).items()} | {"seed": run["seed"]}
-    _publish(folder / "report.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    _publish(folder / "report.md", _markdown(figures, run, pictures))
+    write_text(folder / "report.json", json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(folder / "report.md", _markdown(figures, run, pictures))
     return folder / "report.md"
+
+
+def in_short(figures: Mapping[str, Measured]) -> list[str]:
+    """For each question its first figure, beside what real images reach, in aligned lines."""
+    leading = [(question, *next(iter(found.items()))) for question, found in by_question(figures).items()]
+    rows = [(q, f"{title_of(name).name} {put(name, found.value)}", beside_floor(name, found))
+            for q, name, found in leading]  # fmt: skip
+    widths = [max(len(row[column]) for row in rows) for column in range(2)] if rows else []
+    return ["  ".join([*map(str.ljust, row, widths), row[2]]).rstrip() for row in rows]
 
 
 def table(figures: Mapping[str, Measured]) -> list[str]:
     """The measured figures as lines of a Markdown table."""
     lines = ["| figure | value | 95 % interval | real against real | images | better |", "|---|---|---|---|---|---|"]
     for name, figure in figures.items():
-        if figure.value is not None:
-            title, better, _ = _title(name)
-            interval = f"{_number(figure.low)} to {_number(figure.high)}" if figure.low is not None else ""
-            images = f"{figure.n_generated} / {figure.n_real}"
-            cells = (title, _number(figure.value), interval, _number(figure.floor), images, better)
-            lines.append(f"| {' | '.join(cells)} |")
+        interval = f"{put(name, figure.low)} to {put(name, figure.high)}" if figure.low is not None else ""
+        images = f"{figure.n_generated} / {figure.n_real}"
+        title, better, _ = title_of(name)
+        cells = (title, put(name, figure.value), interval, put(name, figure.floor), images, better)
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
+def missing(figures: Mapping[str, Measured]) -> list[str]:
+    """What was not measured, and why; figures that lack the same thing in one line."""
+    names_of: dict[str, list[str]] = {}
+    for name, figure in figures.items():
+        if figure.value is None:
+            names_of.setdefault(figure.note, []).append(title_of(name).name)
+    return [f"{', '.join(names)}: {why}" for why, names in names_of.items()]
+
+
+def notes(figures: Mapping[str, Measured]) -> list[str]:
+    """Remarks on measured figures; those with the same one in one line."""
+    names_of: dict[str, list[str]] = {}
+    for name, figure in figures.items():
+        if figure.value is not None and figure.note:
+            names_of.setdefault(figure.note, []).append(title_of(name).name)
+    return [f"{', '.join(names)}: {note}" for note, names in names_of.items()]
+
+
+def how_it_was_made(figures: Mapping[str, Measured], run: Mapping[str, Any]) -> list[str]:
+    """Networks with their sha256, and the run's settings."""
+    made_with = sorted({(figure.extractor, figure.sha256 or "") for figure in figures.values() if figure.extractor})
+    lines = [f"features: {name}" + (f", sha256 {sha256}" if sha256.strip("0") else "") for name, sha256 in made_with]
+    return lines + [f"{name.replace('_', ' ')}: {value}" for name, value in run.items()]
+
+
 def _markdown(figures: Mapping[str, Measured], run: Mapping[str, Any], pictures: Sequence[str]) -> str:
-    lines = [f"# {run['generated']} against {run['real']}", "", INTRODUCTION, "", *table(figures), ""]
-    if absent := {name: figure for name, figure in figures.items() if figure.value is None}:
-        lines += [
-            "## Not measured",
-            "",
-            *(f"- {_title(name)[0]}: {figure.note}" for name, figure in absent.items()),
-            "",
-        ]
+    lines = [f"# {run['generated']} against {run['real']}", "", INTRODUCTION, ""]
+    for question, found in by_question(figures).items():
+        lines += [f"## {question}", "", *table(found), ""]
+        lines += [*(f"- {title.name}: {title.says}" for title in explanations(found).values()), ""]
     lines += [f"![{name.removesuffix('.png')}]({name})\n" for name in pictures]
-    lines += ["## What the figures say", ""]
-    lines += [f"- {title}: {says}." for name, (title, _, says) in TITLES.items() if name in figures]
-    if notes := sorted({figure.note for figure in figures.values() if figure.value is not None and figure.note}):
-        lines += ["", "## Notes", "", *(f"- {note}." for note in notes)]
-    lines += ["", "## How it was made", ""]
-    made_with = sorted({(figure.extractor, figure.sha256) for figure in figures.values() if figure.extractor})
-    lines += [f"- features: {name}, sha256 `{sha256}`" for name, sha256 in made_with]
-    lines += [f"- {name.replace('_', ' ')}: {value}" for name, value in run.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _title(name: str) -> tuple[str, str, str]:
-    """Of a figure, or of a figure of one class."""
-    if name in TITLES:
-        return TITLES[name]
-    base = max((known for known in TITLES if name.startswith(f"{known}_")), key=len, default=None)
-    if base is None:
-        return name.replace("_", " "), "", ""
-    title, better, says = TITLES[base]
-    return f"{title}, {name.removeprefix(base)[1:].replace('_', ' ')}", better, says
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else "0" if abs(value) < 1e-12 else f"{value:.4g}"
+    sections = {"Not measured": missing(figures), "Notes": notes(figures)}
+    sections |= {"How it was made": how_it_was_made(figures, run)}
+    for heading, entries in sections.items():
+        lines += [f"## {heading}", "", *(f"- {entry}" for entry in entries), ""] if entries else []
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _publish(file: Path, text: str) -> None:
-    beside = file.with_name(f".{file.name}-{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)

@@ -38,14 +38,19 @@ def write(
 
 def class_grid(generated: ImageSet, real: ImageSet, columns: int = 8) -> Image.Image:
     """Rows of real and of generated images, per class where both have classes; images are spread over the sets."""
-    rows, names = [], []
+    rows = examples(generated, real, columns)
+    return image_grid(list(rows.values()), row_names=list(rows), cell=_cell(next(iter(rows.values()))[0]))
+
+
+def examples(generated: ImageSet, real: ImageSet, count: int = 8) -> dict[str, list[Image.Image]]:
+    """By class, where both sets have classes: a few real and a few generated images, spread over the sets."""
+    rows = {}
     for label in generated.classes if real.labels and generated.labels else [None]:
         for side, images in (("real", real), ("generated", generated)):
             members = np.arange(len(images)) if label is None else images.rows_of(label)
-            chosen = members[np.linspace(0, len(members) - 1, min(columns, len(members))).round().astype(int)]
-            rows.append([images.image(int(row)) for row in chosen])
-            names.append(f"{side}: {label}" if label else side)
-    return image_grid(rows, row_names=names, cell=_cell(rows[0][0]))
+            chosen = members[np.linspace(0, len(members) - 1, min(count, len(members))).round().astype(int)]
+            rows[f"{side}: {label}" if label else side] = [images.image(int(row)) for row in chosen]
+    return rows
 
 
 def colour_histograms(generated: np.ndarray, real: np.ndarray) -> Image.Image:

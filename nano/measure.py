@@ -1,0 +1,62 @@
+"""Draw images from a LoRA of chest X-rays and evaluate them; what is there already is taken.
+
+python nano/measure.py --lora nano/lora-chest-xray --out results/lora-chest-xray-evaluation
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from medart_core import sources
+from medart_core.errors import exit_codes
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "dataset" / "chest-xray"
+IMAGES = 200
+
+
+def run(script: str, *arguments: object, may_fail: bool = False) -> None:
+    """A script of the project in a process of its own. Raises SystemExit with its exit code."""
+    code = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)]).returncode
+    if code and not may_fail:
+        sys.exit(code)
+
+
+def draw(lora: Path, folder: Path, images: int, column: str, *more: object) -> Path:
+    """Images for the test split's captions, all classes alike; returns their folder."""
+    prompts = ["--metadata", DATA / "test", "--caption-column", column, "--balanced"]
+    run("sample_ddp.py", "--lora", lora, *prompts, "--num-fid-samples", images, "--sample-dir", folder, *more)
+    return next(folder.glob("*.npz")).with_suffix("")
+
+
+def evaluate(generated: Path, out: Path, *more: object) -> Path:
+    """Returns the page to look at; FID's network is fetched if it can be, else the report says what is missing."""
+    if not sources.INCEPTION_FILE.is_file():
+        run("prepare.py", "inception", may_fail=True)
+    judge = out.with_name("classifier.safetensors")
+    if not judge.is_file():
+        run("evaluate.py", "fit-extractor", "--train", DATA / "train", "--out", judge)
+    if not (out / "report.json").is_file():
+        sets = ["--generated", generated, "--real", DATA / "test", "--train", DATA / "train"]
+        run("evaluate.py", *sets, "--extractor", judge, "--out", out, *more)
+    return out / "report.html"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lora", type=Path, default=ROOT / "nano" / "lora-chest-xray")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the images and of the evaluation")
+    parser.add_argument("--images", type=int, default=IMAGES, help=f"to draw (default {IMAGES})")
+    parser.add_argument("--caption-column", default="simple_text", help="of the test split (default simple_text)")
+    parser.add_argument("--cfg-scale", type=float, default=4.5, help="guidance (default 4.5)")
+    options = parser.parse_args()
+    more = ("--cfg-scale", options.cfg_scale)
+    generated = draw(options.lora, options.out / "generated", options.images, options.caption_column, *more)
+    print(f"look at {evaluate(generated, options.out / 'evaluation')}")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main()
