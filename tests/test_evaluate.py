@@ -19,9 +19,10 @@ from torch import Tensor
 import evaluate
 from medart_core import sources
 from medart_core.errors import UserError
-from medart_core.evaluation import adm, figures, images
+from medart_core.evaluation import adm, catalogue, figures, images
 from medart_core.evaluation.distances import frechet_distance, kernel_distance, moments
 from medart_core.evaluation.features import extract
+from medart_core.evaluation.measured import Measured
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = ("benign", "malignant")
@@ -104,7 +105,10 @@ def test_whole_run_offline(sets, tmp_path: Path, monkeypatch, no_network, capsys
     assert len((tmp_path / "out" / "closest.csv").read_text().splitlines()) == 25
     for name in ("grid.png", "colours.png", "closest.png"):
         assert f"]({name})" in text and min(Image.open(tmp_path / "out" / name).size) > 100
-    assert "report.md" in capsys.readouterr().out
+    said, page = capsys.readouterr().out, (tmp_path / "out" / "report.html").read_text()
+    assert "report.html: a page" in said and "Do they look like real ones?" in said
+    assert "Not for diagnosis" in page and page.count("<img") == page.count("src=") == 2 * 2 * 8 + 2 * 24
+    assert "<script" not in page and "http" not in page and "url(" not in page and page.count("<svg") > 20
     first = (tmp_path / "out" / "report.json").read_bytes()
     with pytest.raises(UserError, match="holds a report already"):
         run(monkeypatch, *between(sets, tmp_path))
@@ -133,7 +137,7 @@ def test_two_processes_report_what_one_does(sets, tmp_path: Path) -> None:
         command = [sys.executable, *launcher, str(tmp_path / "worker.py"), *arguments]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("report.md with report.json") == 1
+        assert done.stdout.count("report.html: a page") == 1
     for kind in ("out/report.json", "cache/*.npy"):
         one, two = ([file.read_bytes() for file in sorted((tmp_path / name).glob(kind))] for name in ("one", "two"))
         assert one == two and one
@@ -145,11 +149,52 @@ def test_without_the_inception_the_rest_is_measured(sets, tmp_path: Path, monkey
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["fid"]["value"] is None and "python prepare.py inception" in report["fid"]["note"]
     assert report["chroma_error"]["value"] is not None
-    assert (
-        "- FID: there is no Inception; run python prepare.py inception" in (tmp_path / "out" / "report.md").read_text()
-    )
+    lacking = "FID, KID, precision, recall, density, coverage, Inception score: there is no Inception; run python prep"
+    assert all(lacking in (tmp_path / "out" / name).read_text() for name in ("report.md", "report.html"))
     with pytest.raises(UserError, match=r"absent\.pt does not exist"):
         run(monkeypatch, *between(sets, tmp_path / "again", "--inception", "absent.pt"))
+
+
+def test_prompts_beside_the_samples_are_held_against_the_pixels(sets, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "none.pt")
+    folder = tmp_path / "v1.5-seed-0"
+    folder.mkdir()
+    rows = ["file_name,text,label"]
+    for number in range(4):
+        grey = Image.new("RGB", (24, 24), (40 + 50 * number,) * 3)  # dark, dark, balanced, bright
+        grey.save(folder / f"{number:06d}.png")
+        word = ("is darkly exposed", "is evenly exposed")[number % 2]
+        rows.append(f'{number:06d}.png,"<b>An X-ray</b>, {CLASSES[number % 2]}. It {word}.",{CLASSES[number % 2]}')
+    table = folder.with_name(f"{folder.name}.csv")
+    table.write_text("\n".join(rows))
+    np.savez(
+        folder.with_name(f"{folder.name}.npz"), arr_0=np.stack([np.asarray(Image.open(f)) for f in folder.iterdir()])
+    )
+    for source in (folder, folder.with_name(f"{folder.name}.npz")):
+        found = images.read(source, show_progress=False)
+        assert found.labels == CLASSES * 2 and "evenly" in (found.texts or ())[1]
+    run(monkeypatch, *between(sets | {"generated": folder}, tmp_path))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    figure = report["attribute_agreement_exposure"]
+    assert (figure["value"], figure["n_generated"], figure["floor"]) == (0.25, 4, None)
+    table.write_text("\n".join([rows[0], *rows[2:]]))  # of other images
+    assert images.read(folder, show_progress=False).labels is None
+    asked = figures.described({"generated": images.read(sets["generated"]), "real": images.read(sets["real"])})
+    assert "the prompts name no attribute" in asked["attribute_agreement"].note
+
+
+def test_figures_are_ordered_by_question_and_put_in_words() -> None:
+    half = Measured(0.5, 0.4, 0.6, 9, 9, 0.9)
+    odd = {"odd_one": half, "coverage": half, "kid_b_a": half, "fid": Measured(90.0, floor=45.0), "kid": half,
+           "precision": Measured(None, note="why")}  # fmt: skip
+    groups = {question: list(found) for question, found in catalogue.by_question(odd).items()}
+    assert list(groups.values()) == [["fid", "kid", "kid_b_a"], ["coverage"], ["odd_one"]]
+    assert catalogue.title_of("kid_b_a").name == "KID, b a" and catalogue.title_of("domain_coverage").name
+    assert catalogue.beside_floor("fid", odd["fid"]) == "2.0 times that of other real images, 45"
+    assert catalogue.beside_floor("coverage", half) == "56% of what other real images reach, 90 %"
+    assert catalogue.beside_floor("kid", half) == "as low as other real images, 0.9"
+    assert catalogue.beside_floor("duplicate_share", half) == "other real images: 90 %"
+    assert list(catalogue.explanations({"kid_a": half, "kid_b": half})) == ["kid_a"]
 
 
 def test_planted_copies_are_listed_first_and_can_fail_the_run(sets, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -30,9 +30,9 @@ QUESTIONS: dict[str, dict[str, Title]] = {
         ),
     },
     "Are they as varied as real ones?": {
-        "recall": Title("recall", "higher", "share of real images among the generated ones"),
         "coverage": Title("coverage", "higher", "share of real images with a generated one nearby"),
         "domain_coverage": Title("coverage, domain", "higher", "the same in that classifier's features"),
+        "recall": Title("recall", "higher", "share of real images among the generated ones"),
         "colour_diversity": Title(
             "colour diversity", "near 1", "variance of the images' mean colours over that of real ones"
         ),
@@ -120,7 +120,7 @@ def by_question(figures: Mapping[str, Measured]) -> dict[str, dict[str, Measured
     order, groups = list(TITLES), {}
     for question, titles in QUESTIONS.items():
         names = [name for name, figure in figures.items() if figure.value is not None and _base(name) in titles]
-        names.sort(key=lambda name: order.index(_base(name) or name))  # stable: parts stay in their order
+        names.sort(key=lambda name: (order.index(_base(name) or name), name not in TITLES))
         if names:
             groups[question] = {name: figures[name] for name in names}
     if other := {name: figure for name, figure in figures.items() if figure.value is not None and not _base(name)}:
@@ -140,7 +140,7 @@ def put(name: str, value: float | None) -> str:
         return ""
     if _base(name) in SHARES:
         return f"{100 * value:.3g} %"
-    return "0" if abs(value) < 1e-12 else f"{value:.4g}"
+    return "0" if abs(value) < 5e-5 else f"{value:.4f}" if abs(value) < 0.001 else f"{value:.3g}"
 
 
 def beside_floor(name: str, figure: Measured) -> str:
@@ -148,9 +148,10 @@ def beside_floor(name: str, figure: Measured) -> str:
     value, floor, better = figure.value, figure.floor, title_of(name).better
     if value is None or floor is None:
         return ""
-    reached = f"other real images reach {put(name, floor)}"
-    if better == "lower" and floor > 0.02 * value > 0:
+    if better == "lower" and value <= 1.05 * floor:
+        return f"as low as other real images, {put(name, floor)}"
+    if better == "lower" and floor > 0.02 * value:
         return f"{value / floor:.1f} times that of other real images, {put(name, floor)}"
     if better == "higher" and floor > 0:
         return f"{value / floor:.0%} of what other real images reach, {put(name, floor)}"
-    return reached
+    return f"other real images: {put(name, floor)}"

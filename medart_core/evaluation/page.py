@@ -54,7 +54,7 @@ def write(
     pairs: Sequence[Pair],
 ) -> Path:
     """Write report.html, at once: what `report.write` and `sheets.write` say and show. Returns its path."""
-    count = f"{run['generated_images']} generated images beside {run['real_images']} real ones they were not made from"
+    count = f"{run['generated_images']} generated images beside {run['real_images']} held-out real ones"
     body = [
         "<h1>How good are these images?</h1>",
         f"<p>{count}. <span class=soft>{escape(run['generated'])} against {escape(run['real'])}</span></p>",
@@ -105,7 +105,8 @@ def _sections(figures: Mapping[str, Measured]) -> Iterable[str]:
             if title := explained.get(name):
                 wanted = f" ({title.better} is better)" if title.better in ("lower", "higher") else ""
                 says, part = f"<br><small>{escape(title.says + wanted)}</small>", ""
-            floor = f"real {put(name, figure.floor)}" if figure.floor is not None else ""
+            beside = "real" if title_of(name).better else "chance"
+            floor = f"{beside} {put(name, figure.floor)}" if figure.floor is not None else ""
             yield (
                 f"<div class=figure><div{part}>{escape(title_of(name).name)}{says}</div>"
                 f"<div>{_chart(name, figure)}</div><div><b>{put(name, figure.value)}</b></div>"
