@@ -28,7 +28,7 @@ def draw(lora: Path, folder: Path, images: int, column: str, *more: object) -> P
     """Images for the test split's captions, all classes alike; returns their folder."""
     prompts = ["--metadata", DATA / "test", "--caption-column", column, "--balanced"]
     run("sample_ddp.py", "--lora", lora, *prompts, "--num-fid-samples", images, "--sample-dir", folder, *more)
-    return next(folder.glob("*.npz")).with_suffix("")
+    return max(folder.glob("*.npz"), key=lambda file: file.stat().st_mtime).with_suffix("")
 
 
 def evaluate(generated: Path, out: Path, *more: object) -> Path:

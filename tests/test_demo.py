@@ -13,9 +13,12 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
 import compare_captions
 import demo
+import measure
 import recipe
 
-from medart_core import checkpoint, options
+import evaluate
+import sample_ddp
+from medart_core import checkpoint, options, sources
 from medart_core.errors import UserError
 from medart_core.medart_options import MedArtOptions
 
@@ -116,6 +119,39 @@ def test_captions_are_compared_by_what_the_log_has(tmp_path):
 
 def test_the_demo_makes_enough_hldf_updates():
     assert len(range(0, demo.STEPS, recipe.OPTIONS["N_steps"])) >= 40
+
+
+def test_the_evaluation_takes_what_is_there_and_needs_no_network(tmp_path, monkeypatch):
+    commands = []
+
+    def script(command):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        commands.append(" ".join(Path(word).name for word in command[1:3]))
+        if "sample_ddp.py" in command[1]:
+            opts = sample_ddp.parse_options()
+            assert opts.balanced and opts.num_fid_samples == 6 and opts.caption_column == "text"
+            opts.sample_dir.mkdir()
+            (opts.sample_dir / "PixArt-run-cfg-4.5-seed-0.npz").touch()
+        elif "evaluate.py" in command[1]:
+            opts = evaluate.parse_options()
+            opts.out.parent.mkdir(exist_ok=True)
+            opts.out.touch() if opts.command else (opts.out.mkdir(), (opts.out / "report.json").touch())
+            assert opts.command or opts.utility_seeds == 1
+        return subprocess.CompletedProcess(command, 2 if "prepare.py" in command[1] else 0)  # no network
+
+    monkeypatch.setattr(subprocess, "run", script)
+    monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "none.pt")
+    generated = measure.draw(tmp_path / "run", tmp_path / "generated", 6, "text")
+    assert generated == tmp_path / "generated" / "PixArt-run-cfg-4.5-seed-0"
+    for _ in range(2):
+        page = measure.evaluate(generated, tmp_path / "evaluation", "--utility-seeds", 1)
+    assert page == tmp_path / "evaluation" / "report.html"
+    inception, fit, report = "prepare.py inception", "evaluate.py fit-extractor", "evaluate.py --generated"
+    assert commands == ["sample_ddp.py --lora", inception, fit, report, inception]
+    monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 143))
+    with pytest.raises(SystemExit) as ended:
+        measure.draw(tmp_path / "run", tmp_path / "generated", 6, "text")
+    assert ended.value.code == 143
 
 
 def test_a_finished_run_is_taken_only_if_it_is_the_one_asked_for(tmp_path, monkeypatch, capsys):
