@@ -8,8 +8,9 @@ LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 .PHONY: help demo demo-dit test lint bench bench-train-options soak nano figures
 
 help:
-	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, 10 minutes -> medart/demo.png"
-	@echo "QUICK=1 make demo  the same with fewer images and steps, 3 minutes -> results/quick-demo/demo.png"
+	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, evaluate it, 15 minutes"
+	@echo "              -> medart/demo.png, medart/evaluation/report.html"
+	@echo "QUICK=1 make demo  the same with fewer images and steps, 5 minutes -> results/quick-demo/"
 	@echo "make demo-dit a class-conditional DiT on chest X-rays, 6 minutes on 2 cores -> results/demo-dit/demo-dit.png"
 	@echo "make test     run the tests"
 	@echo "make lint     check style and types"
@@ -53,11 +54,11 @@ nano: .venv/.installed
 	$(PY) nano/train_vae.py
 	$(PY) nano/train_pixart.py
 	$(PY) nano/check_pixart.py
-	$(PY) nano/train_lora.py
 	$(PY) prepare.py dermoscopy-patches
 	$(PY) prepare.py histology
 	$(PY) nano/train_captioner.py
 	$(PY) nano/check_captioner.py
+	$(PY) nano/train_lora.py
 
 figures: demo
 	mkdir -p img

@@ -15,6 +15,11 @@ INTRODUCTION = (
     "**Not for diagnosis.** `real against real` is what other real images reach at the same number of images: no "
     "generator can be expected to do better. Images are counted as generated / real."
 )
+INTERVALS = (
+    "intervals are of 95 %: of distances, precision, coverage and colours from the spread over random halves of both "
+    "sides (the delete-half jackknife; a bootstrap's copies would look like close neighbours); of shares Wilson's; of "
+    "usefulness from resampled seeds and patients"
+)
 
 
 def write(folder: Path, figures: Mapping[str, Measured], run: Mapping[str, Any], pictures: Sequence[str] = ()) -> Path:
@@ -73,7 +78,7 @@ def how_it_was_made(figures: Mapping[str, Measured], run: Mapping[str, Any]) -> 
     """Networks with their sha256, and the run's settings."""
     made_with = sorted({(figure.extractor, figure.sha256 or "") for figure in figures.values() if figure.extractor})
     lines = [f"features: {name}" + (f", sha256 {sha256}" if sha256.strip("0") else "") for name, sha256 in made_with]
-    return lines + [f"{name.replace('_', ' ')}: {value}" for name, value in run.items()]
+    return [*lines, INTERVALS] + [f"{name.replace('_', ' ')}: {value}" for name, value in run.items()]
 
 
 def _markdown(figures: Mapping[str, Measured], run: Mapping[str, Any], pictures: Sequence[str]) -> str:
