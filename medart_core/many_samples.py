@@ -63,10 +63,7 @@ class SampleStore:
         """
         if self.record.is_file():
             before = checkpoint.read_json(self.record, OPTION)
-            names = sorted(before.keys() | settings.keys())
-            changed = [f"{name} {before.get(name)} -> {settings.get(name)}" for name in names
-                       if before.get(name) != settings.get(name)]  # fmt: skip
-            if changed:
+            if changed := checkpoint.changes(before, settings):
                 raise UserError(
                     f"{self.folder} has samples made otherwise ({'; '.join(changed)}); choose another {OPTION}"
                 )
