@@ -64,9 +64,10 @@ def main() -> None:
     with stopping.first_process_first(device):
         images = labelled_images.find(options.data_path)
         vae = pretrained.load_vae(options.vae, torch.float32, device)
-        side = options.image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        side = options.image_size // pretrained.vae_scale_factor(vae)
         shape = (len(images), 2, 2, vae.config.latent_channels, side, side)
-        facts = {"vae": options.vae, "image_size": options.image_size, "scaling_factor": vae.config.scaling_factor}
+        facts = {"image_size": options.image_size, "scaling_factor": vae.config.scaling_factor}
+        facts["vae"] = pretrained.vae_name(options.vae)
         if state.is_main_process:
             todo = feature_store.begin(folder, images, facts, shape)
         todo = todo and not (folder / feature_store.MANIFEST).exists()

@@ -103,7 +103,7 @@ def dit_source(options: argparse.Namespace, dtype: torch.dtype, device: torch.de
     )
     mark = fingerprint(model)
     side = model.input_size * dit_checkpoint.VAE_SCALE_FACTOR
-    decoder = weights.vae(options.vae, "ema")
+    decoder = pretrained.vae_name(weights.vae(options.vae, "ema"))
     vae = pretrained.load_vae(decoder, torch.float32, device)
     model.to(device, dtype)
     if options.compile:

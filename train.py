@@ -145,6 +145,7 @@ def main(preset: str | None = None) -> int:
         facts = {"num_images": len(source), "num_classes": source.num_classes, "image_size": source.image_size}
         settings = opts.of_the_run() | facts | {"vae": source.vae, "precision": str(dtype)}
         if first:
+            settings["data"] = source.digest()[:16]
             held_out = dit_data.open_held_out(opts.val_path, opts.data_path, device, source)
             work = numbered_runs.choose(results, name, settings, max_steps, opts.fresh)
     number, resumed = stopping.from_first_process(device, *work)

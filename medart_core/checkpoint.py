@@ -264,12 +264,15 @@ def read_json(path: Path, option: str = "--output_dir") -> dict[str, Any]:
     return content
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], free: frozenset[str] = frozenset()) -> list[str]:
+    """Settings that are not as they were, as `name old -> new`, those in `free` left out."""
+    names = sorted((before.keys() | now.keys()) - free)
+    pairs = [(name, before.get(name), now.get(name)) for name in names]
+    return [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
+
+
 def _check_same(run_dir: Path, options: Mapping[str, Any], free: frozenset[str]) -> None:
-    before = read_json(run_dir / OPTIONS)
-    names = sorted((before.keys() | options.keys()) - free)
-    pairs = [(name, before.get(name), options.get(name)) for name in names]
-    changed = [f"{name} {old} -> {new}" for name, old, new in pairs if old != new]
-    if changed:
+    if changed := changes(read_json(run_dir / OPTIONS), options, free):
         raise UserError(
             f"{run_dir} holds a run with other options ({'; '.join(changed)}); choose another --output_dir, "
             "or give the options of that run to resume it"

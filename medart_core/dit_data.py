@@ -4,6 +4,7 @@ Each source has the images' number, classes and the shape of their latents, give
 to the device into scaled latents.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +23,10 @@ from medart_core.feature_store import FeatureStore
 from medart_core.labelled_images import ImageDataset, LabelledImages
 from medart_core.seeds import SharedDraws
 
+DIGESTED = 256
 MIRROR = 4  # name of the random stream
 ENCODED_AT_ONCE = 8
+OLD_FEATURES = "imagenet*_features"
 DEFAULT_FEATURES = Path(__file__).resolve().parents[1] / "features"
 Batch = tuple[Tensor, Tensor]  # raw values and classes (B,) int64
 
@@ -38,6 +41,10 @@ class Source(Protocol):
     vae: str
 
     def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """A sha256 that tells these data from others of the same number; see each source for what goes into it."""
+        ...
 
     def read(self, stream: Iterable[list[tuple[int, int]]], mirrors: Iterable[Tensor]) -> Iterator[Batch]:
         """A batch for each list of (epoch, index) keys; of those images that are to be mirrored, the mirror images."""
@@ -57,6 +64,9 @@ class StoredMoments:
 
     def __len__(self) -> int:
         return len(self.store)
+
+    def digest(self) -> str:
+        return self.store.digest()
 
     def read(self, stream: Iterable[list[tuple[int, int]]], mirrors: Iterable[Tensor]) -> Iterator[Batch]:
         rows = ([index for _, index in keys] for keys in stream)
@@ -99,6 +109,14 @@ class OldFeatures:
     def __len__(self) -> int:
         return len(self.names)
 
+    def digest(self) -> str:
+        """Of all names, and of the content of up to `DIGESTED` pairs, spread evenly; all of it would take too long."""
+        digest, count = hashlib.sha256("\n".join(self.names).encode()), min(len(self.names), DIGESTED)
+        for place in range(count):
+            name = self.names[(place + 1) * len(self.names) // count - 1]
+            digest.update((self.features / name).read_bytes() + (self.labels / name).read_bytes())
+        return digest.hexdigest()
+
     def read(self, stream: Iterable[list[tuple[int, int]]], mirrors: Iterable[Tensor]) -> Iterator[Batch]:
         return _ahead(self._batch([index for _, index in keys]) for keys in stream)
 
@@ -120,11 +138,14 @@ class EncodedImages:
     def __init__(self, images: LabelledImages, vae: Any, vae_name: str, image_size: int, num_workers: int):
         self.images, self.encoder, self.vae, self.num_workers = images, vae, vae_name, num_workers
         self.class_names, self.num_classes = images.class_names, len(images.class_names)
-        self.image_size, side = image_size, image_size // 2 ** (len(vae.config.block_out_channels) - 1)
+        self.image_size, side = image_size, image_size // pretrained.vae_scale_factor(vae)
         self.latent_shape = (vae.config.latent_channels, side, side)
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def digest(self) -> str:
+        return self.images.digest()
 
     def read(self, stream: Iterable[list[tuple[int, int]]], mirrors: Iterable[Tensor]) -> Iterator[Batch]:
         loader = DataLoader(
@@ -143,12 +164,19 @@ class EncodedImages:
 
 
 def _old_folders(folder: Path) -> tuple[Path, Path]:
-    features = next((path for path in sorted(folder.glob("imagenet*_features")) if path.is_dir()), None)
-    if features is None:
+    """Those of features and labels in `folder`, which may also be that of the features itself."""
+    found = [path for path in sorted(folder.glob(OLD_FEATURES)) if path.is_dir()]
+    if not found and folder.match(OLD_FEATURES):
+        found = [folder]
+    if not found:
         raise UserError(
             f"{folder} holds no features; make them with extract_features.py, or encode images: --data-path"
         )
-    labels = folder / features.name.replace("_features", "_labels")
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise UserError(f"{folder} holds {names}; name one of them: --features-path {found[-1]}")
+    features = found[0]
+    labels = features.with_name(features.name.replace("_features", "_labels"))
     if not labels.is_dir():
         raise UserError(f"{labels} is missing, which has the classes of {features}; extract the features anew")
     return features, labels
@@ -189,6 +217,7 @@ def open_source(
     Raises:
         UserError: if they are of another size, have more classes, or aren't there.
     """
+    vae = vae and pretrained.vae_name(vae)
     if data_path:
         images, name = labelled_images.find(Path(data_path)), vae or "ema"
         encoder = pretrained.load_vae(name, torch.float32, device)

@@ -17,6 +17,8 @@ from medart_core.errors import UserError
 
 # Bytes of activations per token, channel and block in 16 bits; what an image takes of memory without checkpointing.
 ACTIVATIONS, SHARE_OF_MEMORY = 36, 0.8
+# Overflows in fp16 one after the other that end a run: from its start at 2**16 the loss's scale has come to 2**-14.
+MAX_OVERFLOWS = 30
 
 
 @dataclass
@@ -34,6 +36,7 @@ class DiTRun:
     warmup_steps: int
     max_grad_norm: float | None
     step: int = 0
+    overflows: int = 0  # up to now, without a good step between them
     window: list[float] = field(default_factory=lambda: [0.0, 0])  # sum and number of the losses since the last line
 
     @classmethod
@@ -79,7 +82,8 @@ class DiTRun:
 
         `loss` is this process's mean; the one waiting for the device in a step is for the mean of all of them. Where
         that, or in other precisions than fp16 the gradient, is not finite, every process ends before the update. A
-        step whose gradient overflows in fp16 is left out, of the average of the weights as well.
+        step whose gradient overflows in fp16 is left out, of the average of the weights as well; after `MAX_OVERFLOWS`
+        of them in a row every process ends, too.
 
         Raises:
             UserError: by the first process, if the loss or the gradient is not finite.
@@ -90,7 +94,11 @@ class DiTRun:
         mean, stopping, grad_norm = self._agree(loss, stop, norm)
         fp16 = self.scaler.is_enabled()
         if not math.isfinite(mean) or not (fp16 or math.isfinite(grad_norm)):
-            self._refuse("gradient" if math.isfinite(mean) else "loss")
+            self._refuse(f"step {self.step + 1}: the {'gradient' if math.isfinite(mean) else 'loss'} is not finite")
+        self.overflows = 0 if math.isfinite(grad_norm) else self.overflows + 1
+        if self.overflows == MAX_OVERFLOWS:
+            first = self.step + 2 - MAX_OVERFLOWS
+            self._refuse(f"steps {first} to {self.step + 1}: the gradient is too large for fp16 in each of them")
         if self.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(trained, self.max_grad_norm, norm, foreach=True)
         lr = self.learning_rate * min(1.0, (self.step + 1) / max(self.warmup_steps, 1))
@@ -114,14 +122,14 @@ class DiTRun:
         total, stops, grad_norm = torch.cat([words, norm.float()[None]]).tolist()
         return total / num_processes, stops > 0, grad_norm
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, fault: str) -> None:
         if self.network is not self.model and torch.distributed.get_rank():
             raise SystemExit(2)
         saved = numbered_runs.steps(self.folder)
         kept = f"{numbered_runs.file_of(self.folder, saved[-1])} is intact" if saved else "there is no checkpoint yet"
         raise UserError(
-            f"step {self.step + 1}: the {what} is not finite; nothing was updated, {kept}: train anew with a lower "
-            "--learning-rate, with --max-grad-norm 1, or in 16 bits with --qk-norm"
+            f"{fault}; nothing was updated, {kept}: train anew with a lower --learning-rate, with --max-grad-norm 1, "
+            "or in 16 bits with --qk-norm, and bf16 rather than fp16"
         )
 
     def mean_loss(self) -> float:

@@ -7,6 +7,7 @@ itself, so that its bytes do not depend on who made which group.
 """
 
 import errno
+import hashlib
 import os
 import time
 from collections.abc import Sequence
@@ -50,11 +51,7 @@ def begin(folder: Path, images: LabelledImages, facts: dict[str, Any], shape: Se
             os.replace(folder / name, folder / part)
     if finished or (folder / STARTED).exists():
         before = checkpoint.read_json(folder / (INDEX if finished else STARTED), OPTION)
-        names = sorted(before.keys() | index.keys())
-        changed = [
-            f"{name} {before.get(name)} -> {index.get(name)}" for name in names if before.get(name) != index.get(name)
-        ]
-        if changed:
+        if changed := checkpoint.changes(before, index):
             raise UserError(f"{folder} holds features made otherwise ({'; '.join(changed)}); choose another {OPTION}")
         return not finished
     ours = (TEMPORARY, checkpoint.LOCK, LABELS)
@@ -130,7 +127,7 @@ class FeatureStore:
         if (folder / STARTED).exists():
             raise UserError(f"{folder} is not finished: run extract_features.py again, it goes on where it was")
         checkpoint.verify(folder, summed_bytes=SUMMED_BYTES)
-        index = checkpoint.read_json(folder / INDEX, OPTION)
+        self.folder, index = folder, checkpoint.read_json(folder / INDEX, OPTION)
         self.class_names: list[str] = index["class_names"]
         self.image_size: int = index["image_size"]
         self.vae, self.scaling_factor = index["vae"], index["scaling_factor"]
@@ -140,6 +137,10 @@ class FeatureStore:
 
     def __len__(self) -> int:
         return len(self.moments)
+
+    def digest(self) -> str:
+        """The sha256 of the manifest, in which are those of all files."""
+        return hashlib.sha256((self.folder / MANIFEST).read_bytes()).hexdigest()
 
     def batch(self, indices: Sequence[int], mirrored: Tensor) -> tuple[Tensor, Tensor]:
         """Moments (B, 2, C, h, w) fp16 of images or, where `mirrored`, of their mirror images; classes (B,) int64."""

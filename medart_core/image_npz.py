@@ -13,7 +13,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from medart_core.checkpoint import TEMPORARY
 
@@ -22,6 +24,7 @@ VERSION = 45  # of the zip format: with sizes of 64 bits
 DATE = 0x21  # 1 January 1980: the same images make the same bytes
 ELSEWHERE = 0xFFFFFFFF  # a size of 32 bits that says: see the one of 64
 POLYNOMIAL = 0xEDB88320  # of the checksum, CRC-32
+COPIED = 64  # rows at a time
 THERE = 1 << 32  # marks a row's entry in the journal, above its checksum
 
 
@@ -80,21 +83,27 @@ class ImageNpz:
 
     def __init__(self, folder: Path, shape: tuple[int, int, int, int]):
         self.part, self.journal = folder / f"{TEMPORARY}images.npz", folder / f"{TEMPORARY}rows"
-        self.rows, self.row_bytes = shape[0], shape[1] * shape[2] * shape[3]
+        self.shape, self.rows, self.row_bytes = shape, shape[0], shape[1] * shape[2] * shape[3]
         header = _array_header(shape)
         self.head = _local_header(0, 0)
         self.header, self.start = header, len(self.head) + len(header)
         self.size = len(header) + self.rows * self.row_bytes
 
     def begin(self) -> None:
-        """Lay out the files, or take up those of an interrupted run; for one process, before any of them writes."""
-        if self.part.is_file() and self.journal.is_file() and self.journal.stat().st_size == 8 * self.rows:
-            return self._verify()
-        self.journal.unlink(missing_ok=True)  # before the images that it speaks of
-        with open(self.part, "wb") as file:
+        """Lay out the files, or take up those of an interrupted run; for one process, before any of them writes.
+
+        That run may have been for another number of rows, for these do not move: numpy leaves room in its header.
+        """
+        there = self.part.is_file() and self.journal.is_file()
+        if not there:
+            self.journal.unlink(missing_ok=True)  # before the images that it speaks of
+        with open(self.part, "r+b" if there else "wb") as file:
             file.write(self.head + self.header)
             file.truncate(self.start + self.rows * self.row_bytes)  # sparse: takes no space yet
-        self.journal.write_bytes(bytes(8 * self.rows))
+        with open(self.journal, "ab") as file:
+            file.truncate(8 * self.rows)
+        if there:
+            self._verify()
 
     def _verify(self) -> None:
         """Strike out what the journal says and the disk does not have, as after a power cut."""
@@ -112,6 +121,33 @@ class ImageNpz:
     def missing(self) -> list[int]:
         """The rows that are not there yet, in order."""
         return np.flatnonzero(self._entries() == 0).tolist()
+
+    def take_over(self, archive: Path) -> None:
+        """Copy the rows that a finished archive of such images has, and leave it as it is; for one process.
+
+        Raises:
+            zipfile.BadZipFile: if the checksum is not that of the content; no row of it is there then.
+        """
+        there = min(rows_of(archive), self.rows)
+        if not any(row < there for row in self.missing()):
+            return
+        with zipfile.ZipFile(archive) as content, content.open(MEMBER.decode()) as array:
+            array.read(len(self.header))
+            try:
+                for row in tqdm(range(0, there, COPIED), f"taking over {there} images", disable=there < 100 * COPIED):
+                    pixels = array.read(min(COPIED, there - row) * self.row_bytes)
+                    self.write(row, torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(-1, *self.shape[1:]))
+                array.read(1)  # at the end the checksum is compared
+            except zipfile.BadZipFile:
+                with open(self.journal, "r+b") as file:
+                    file.write(bytes(8 * there))
+                raise
+
+    def read(self, row: int) -> Tensor:
+        """A row that is there, (H, W, 3) uint8."""
+        return torch.from_numpy(
+            np.fromfile(self.part, np.uint8, self.row_bytes, offset=self.start + row * self.row_bytes)
+        ).view(self.shape[1:])
 
     def write(self, row: int, images: Tensor) -> None:
         """Write (n, H, W, 3) uint8 images as the rows from `row` on."""

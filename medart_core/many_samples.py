@@ -10,6 +10,7 @@ import csv
 import hashlib
 import os
 import shutil
+import zipfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,10 +63,7 @@ class SampleStore:
         """
         if self.record.is_file():
             before = checkpoint.read_json(self.record, OPTION)
-            names = sorted(before.keys() | settings.keys())
-            changed = [f"{name} {before.get(name)} -> {settings.get(name)}" for name in names
-                       if before.get(name) != settings.get(name)]  # fmt: skip
-            if changed:
+            if changed := checkpoint.changes(before, settings):
                 raise UserError(
                     f"{self.folder} has samples made otherwise ({'; '.join(changed)}); choose another {OPTION}"
                 )
@@ -82,12 +80,11 @@ class SampleStore:
                 f"choose another {OPTION}, or remove it"
             )
         with self._disk_faults():
-            self.target.unlink(missing_ok=True)  # of another number of samples, or its pictures are gone
             checkpoint.write_json(self.record, dict(settings))
             if self.png:
                 self.folder.mkdir(exist_ok=True)
             self.npz.begin()
-            self._take_over_pictures()
+            self._take_over()
         return True
 
     @contextlib.contextmanager
@@ -108,11 +105,17 @@ class SampleStore:
         names = {path.name for path in self.folder.glob("*.png")}
         return {row for row in range(self.shape[0]) if self._picture(row).name not in names}
 
-    def _take_over_pictures(self) -> None:
-        """Pictures of a finished run with fewer samples need not be made again."""
+    def _take_over(self) -> None:
+        """What a finished run of another number has need not be made again; its archive stays until publication."""
+        try:
+            self.npz.take_over(self.target)
+        except zipfile.BadZipFile as error:
+            raise UserError(f"{self.target} is damaged ({error}); remove it to have its images made again") from error
         absent = self._missing_pictures()
         for rows in runs((row for row in self.npz.missing() if self.png and row not in absent), IMPORTED):
             self.npz.write(rows.start, torch.stack([self._read(row) for row in rows]))
+        for row in sorted(absent.difference(self.npz.missing())):
+            self._write_picture(row, self.npz.read(row))
 
     def _read(self, row: int) -> Tensor:
         try:
@@ -136,13 +139,16 @@ class SampleStore:
     def _save(self, rows: list[int], images: Tensor) -> None:
         with self._disk_faults():
             for row, image in zip(rows, images, strict=True) if self.png else ():
-                part = self.work / f"{row:06d}.png"
-                Image.fromarray(image.numpy()).save(part)
-                os.replace(part, self._picture(row))
+                self._write_picture(row, image)
             taken = 0
             for run in runs(rows, len(rows)):
                 self.npz.write(run.start, images[taken : taken + len(run)])
                 taken += len(run)
+
+    def _write_picture(self, row: int, image: Tensor) -> None:
+        part = self.work / self._picture(row).name
+        Image.fromarray(image.numpy()).save(part)
+        os.replace(part, self._picture(row))
 
     def flush(self) -> None:
         """Wait until everything is on the disk."""

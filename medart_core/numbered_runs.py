@@ -27,27 +27,28 @@ def choose(results: Path, name: str, options: Mapping[str, Any], max_steps: int,
     """Number of the run that a command works on, which is then locked, and the step of the checkpoint to go on from.
 
     That is the newest run of this name and these options that is not finished, or that ended before `max_steps`; else,
-    or if `fresh`, a new one, whose step is 0. For one process.
+    or if `fresh`, a new one, whose step is 0; where unfinished runs of other options are passed over, one line names
+    the one that differs least, and how. For one process.
 
     Raises:
         UserError: if another process works on it, or the folder cannot be written.
     """
     options = json.loads(json.dumps(dict(options)))  # as they will be read back
+    passed_over: list[tuple[Path, list[str]]] = []
     for number, folder in reversed(_existing(results, name) if not fresh else []):
         finished = checkpoint.read_json(folder / FINISHED, RESULTS) if (folder / FINISHED).exists() else None
-        before = checkpoint.read_json(folder / OPTIONS, RESULTS)
-        if before != options:
+        if changed := checkpoint.changes(checkpoint.read_json(folder / OPTIONS, RESULTS), options):
             if finished is None:
-                names = sorted(before.keys() | options.keys())
-                pairs = [(name, before.get(name), options.get(name)) for name in names]
-                changed = "; ".join(f"{name} {old} -> {new}" for name, old, new in pairs if old != new)
-                print(f"{folder} is not finished, but of other options ({changed})", flush=True)
+                passed_over.append((folder, changed))
         elif finished is None or finished.get("step", 0) < max_steps:
             checkpoint.take(folder, remedy=f"choose another {RESULTS}")
             (folder / FOLDER).mkdir(exist_ok=True)
             checkpoint.clear_leftovers(folder / FOLDER)
             (folder / FINISHED).unlink(missing_ok=True)
             return number, latest(folder)
+    if passed_over:
+        folder, changed = min(passed_over, key=lambda other: len(other[1]))
+        print(f"a new run: {folder} is unfinished, but of other options ({'; '.join(changed)})", flush=True)
     taken = [int(match[1]) for path in results.glob("*-*") if (match := re.match(r"(\d{3,})-", path.name))]
     number = max(taken, default=-1) + 1
     folder = folder_of(results, number, name)

@@ -46,13 +46,24 @@ class PixArt:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels per latent along a side: 8 for the published VAE."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return vae_scale_factor(self.vae)
+
+
+def vae_scale_factor(vae: Any) -> int:
+    """Pixels per latent along a side of an AutoencoderKL."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def find(name: str | Path | None) -> str:
     """The folder of a model, or its hub id; `None` is the bundled nano model, folders may be named from the root."""
     path = str(NANO if name is None else name)
     return str(ROOT / path) if not Path(path).is_dir() and (ROOT / path).is_dir() else path
+
+
+def vae_name(name: str) -> str:
+    """A VAE's name for `load_vae` that means the same in any working directory: a folder's is its absolute path."""
+    path = Path(find(name))
+    return name if name in VAES or not path.is_dir() else str(path.resolve())
 
 
 def load_vae(name: str, dtype: torch.dtype, device: torch.device) -> Any:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from medart_core import numbered_runs
 from medart_core.checkpoint import FINISHED
 from medart_core.errors import exit_codes
 from medart_core.labelled_images import find
@@ -59,6 +60,12 @@ def flags(**values) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
 
 
+def finished_run(results: Path, steps: int) -> Path | None:
+    """The newest run in `results` that ended with a checkpoint of `steps` steps, whatever its number."""
+    runs = [file.parent for file in sorted(results.glob(f"*-{MODEL.replace('/', '-')}/{FINISHED}"))]
+    return next((run for run in reversed(runs) if numbered_runs.file_of(run, steps).is_file()), None)
+
+
 def picture(archive: Path, real: Path, columns: int = 8) -> Image.Image:
     """A row of real and a row of generated images for each class; of balanced images, number n is of class n mod 3."""
     images, there = np.load(archive)["arr_0"], find(real)
@@ -91,22 +98,24 @@ def main() -> None:
         call("extract_features.py", *store, processes=PROCESSES)
     clock("features")
     results = out / f"{options.steps}-steps-seed-{options.seed}"
-    run = results / f"000-{MODEL.replace('/', '-')}"
-    if not (run / FINISHED).exists():
+    if not (run := finished_run(results, options.steps)):
         where = flags(features_path=out / "train", val_path=out / "val", results_dir=results, max_steps=options.steps)
         call("train.py", f"--model={MODEL}", *where, *flags(**TRAINING, global_seed=options.seed), "--no-flip")
+        run = finished_run(results, options.steps)
+        assert run, f"train.py has left no run of {options.steps} steps in {results}"
     clock("training")
     how = [
-        f"--ckpt={run / 'checkpoints' / f'{options.steps:07d}.pt'}",
+        f"--ckpt={numbered_runs.file_of(run, options.steps)}",
         "--balanced",
         "--sampler=dpm++",
         "--guided-channels=4",
     ]
     how += flags(num_fid_samples=options.images, cfg_scale=CFG_SCALE, num_sampling_steps=SAMPLING_STEPS)
-    how += flags(per_proc_batch_size=20, global_seed=options.seed, precision="bf16", sample_dir=results / "samples")
+    samples = results / "samples" / run.name  # another run has other weights, and its samples a folder of their own
+    how += flags(per_proc_batch_size=20, global_seed=options.seed, precision="bf16", sample_dir=samples)
     call("sample_ddp.py", *how, processes=PROCESSES)
     clock("sampling")
-    [archive] = (results / "samples").glob("*.npz")
+    [archive] = samples.glob(f"*-{options.steps:07d}-*-cfg-{CFG_SCALE}-seed-{options.seed}.npz")
     picture(archive, DATA / "test").save(out / "demo-dit.png")
     images = np.load(archive)["arr_0"]
     losses = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -178,3 +179,32 @@ def test_a_finished_run_is_taken_only_if_it_is_the_one_asked_for(tmp_path, monke
     medart(["python", "medart.py", "--no_hldf", f"--output_dir={tmp_path}"])  # a run of somebody's own
     with pytest.raises(UserError, match=r"no_hldf True -> False, .*train_batch_size"):
         recipe.finetune(tmp_path, steps=5, seed=0)
+
+
+def test_the_dit_demo_finds_its_run_and_archive_whatever_else_is_there(monkeypatch, tmp_path):
+    import demo_dit
+
+    called = []
+
+    def call(script, *arguments, processes=1):
+        called.append(script)
+        if script == "train.py":
+            run = tmp_path / "2-steps-seed-0" / "001-DiT-S-4"
+            (run / "checkpoints").mkdir(parents=True)
+            for name in (checkpoint.FINISHED, "checkpoints/0000002.pt", "log.jsonl"):
+                (run / name).touch()
+        elif script == "sample_ddp.py":
+            [samples] = [Path(flag.split("=")[1]) for flag in arguments if "sample-dir" in flag]
+            samples.mkdir(parents=True, exist_ok=True)
+            for scale in (1.5, demo_dit.CFG_SCALE):
+                np.savez(samples / f"DiT-S-4-0000002-size-128-vae-vae-cfg-{scale}-seed-0.npz", arr_0=np.zeros(3))
+
+    monkeypatch.setattr(demo_dit, "call", call)
+    monkeypatch.setattr(demo_dit, "picture", lambda *_: Image.new("RGB", (1, 1)))
+    monkeypatch.setattr(sys, "argv", ["demo_dit.py", "--steps=2", f"--out={tmp_path}"])
+    (tmp_path / "2-steps-seed-0" / "000-DiT-S-4" / "checkpoints").mkdir(parents=True)  # begun with other options
+    demo_dit.main()
+    demo_dit.main()
+    assert called.count("train.py") == 1 and called.count("sample_ddp.py") == 2
+    record = json.loads((tmp_path / "demo-dit.json").read_text())
+    assert record["npz_shape"] == [3] and (tmp_path / "demo-dit.png").exists()

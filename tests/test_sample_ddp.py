@@ -92,9 +92,18 @@ def test_rows_count_when_they_are_there(tmp_path):
         file.write(b"\0")
     npz.begin()
     assert npz.missing() == [0, 2, 4, 5]
-    other = ImageNpz(tmp_path, (7, 4, 4, 3))
-    other.begin()
-    assert other.missing() == [*range(7)]
+    longer = ImageNpz(tmp_path, (7, 4, 4, 3))
+    longer.begin()
+    assert longer.missing() == [0, 2, 4, 5, 6]
+    for row in longer.missing():
+        longer.write(row, torch.zeros(1, 4, 4, 3, dtype=torch.uint8))
+    longer.publish(tmp_path / "b.npz")
+    assert read_as_adm(tmp_path / "b.npz").sum(axis=(1, 2, 3)).tolist() == [0, 48, 0, 48, 0, 0, 0]
+    npz.begin()
+    npz.write(0, torch.ones(6, 4, 4, 3, dtype=torch.uint8))
+    other = ImageNpz(tmp_path, (6, 4, 8, 3))
+    other.begin()  # images of another size are none
+    assert other.missing() == [*range(6)]
 
 
 def test_memory_is_flat_in_the_number_of_images(tmp_path):
@@ -254,6 +263,10 @@ def test_a_restart_makes_what_is_missing(monkeypatch, tmp_path, arguments, whole
     assert drawn == [] and "is there already" in capsys.readouterr().out
     (tmp_path / NAME / "000009.png").unlink()
     call(monkeypatch, *given)
+    assert drawn == [] and files(tmp_path) == files(whole)  # the archive has it
+    for name in (f"{NAME}/000009.png", f"{NAME}.npz"):
+        (tmp_path / name).unlink()
+    call(monkeypatch, *given)
     assert drawn == [8, 9] and files(tmp_path) == files(whole)
     drawn.clear()
     call(monkeypatch, *given, "--num-fid-samples", 13)  # the last group of ten was padded otherwise, but not made anew
@@ -262,6 +275,7 @@ def test_a_restart_makes_what_is_missing(monkeypatch, tmp_path, arguments, whole
     with pytest.raises(UserError, match=r"made otherwise \(num_steps 3 -> 4\); choose another --sample-dir"):
         call(monkeypatch, *given, "--num-sampling-steps", 4)
     (tmp_path / NAME / "000002.png").write_bytes(b"x")
+    (tmp_path / f"{NAME}.npz").unlink()
     with pytest.raises(UserError, match=r"000002.png cannot be read .* remove it to have it made again"):
         call(monkeypatch, *given, "--num-fid-samples", 12)
     (tmp_path / f"{NAME}.json").unlink()
@@ -290,6 +304,36 @@ def test_an_archive_alone_and_its_restart(monkeypatch, tmp_path, arguments, whol
     with pytest.raises(UserError, match="has 10 images, 3 are asked for; choose another --sample-dir, or remove it"):
         call(monkeypatch, *given, "--num-fid-samples", 3)
     assert {path.name for path in tmp_path.iterdir()} == {f"{NAME}.npz", f"{NAME}.csv", f"{NAME}.json"}
+
+
+def test_more_images_take_over_those_of_a_finished_archive(monkeypatch, tmp_path, arguments, whole):
+    given, archive = [*arguments, "--sample-dir", tmp_path], tmp_path / f"{NAME}.npz"
+    call(monkeypatch, *given, "--no-png")
+    finished, drawn, real = archive.read_bytes(), count_draws(monkeypatch), dit_sampling.sample_images
+
+    def interrupted(*given, **more):
+        if 12 in given[3]:
+            raise KeyboardInterrupt
+        return real(*given, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dit_sampling, "sample_images", interrupted)
+        call(patch, *given, "--no-png", "--num-fid-samples", 13)
+    assert drawn == [8, 9, 10, 11] and archive.read_bytes() == finished  # stays until the larger one is whole
+    call(monkeypatch, *given, "--no-png", "--num-fid-samples", 13)
+    assert drawn == [8, 9, 10, 11, 12] and (read_as_adm(archive)[:10] == read_as_adm(whole / f"{NAME}.npz")).all()
+    drawn.clear()
+    call(monkeypatch, *given, "--num-fid-samples", 13)  # their pictures, too
+    assert drawn == [] and {path.name for path in tmp_path.iterdir()} == {path.name for path in whole.iterdir()}
+    assert (np.asarray(Image.open(tmp_path / NAME / "000012.png")) == read_as_adm(archive)[12]).all()
+    content = bytearray(archive.read_bytes())
+    content[500] ^= 1
+    archive.write_bytes(content)
+    with pytest.raises(UserError, match=r"npz is damaged .*; remove it to have its images made again"):
+        call(monkeypatch, *given, "--no-png", "--num-fid-samples", 14)
+    archive.unlink()
+    call(monkeypatch, *given, "--num-fid-samples", 14)  # from the pictures
+    assert drawn == [12, 13] and (read_as_adm(archive)[:10] == read_as_adm(whole / f"{NAME}.npz")).all()
 
 
 def test_a_full_disk_is_said_in_one_line(monkeypatch, tmp_path, arguments):

@@ -20,7 +20,7 @@ from forked_runs import ROOT, disturb, script_exit_codes
 
 import models
 import train
-from medart_core import dit_checkpoint, feature_store, labelled_images, numbered_runs, options, stopping
+from medart_core import checkpoint, dit_checkpoint, feature_store, labelled_images, numbered_runs, options, stopping
 from medart_core.checkpoint import FINISHED
 from medart_core.dit_options import ALIASES, DiTOptions
 from medart_core.errors import UserError
@@ -137,10 +137,14 @@ def test_images_encoded_in_every_step_train_like_their_features(
 
     shared = [f for f in flags if not f.startswith("--features")] + ["--max-steps=2"]
     where = [f"--data-path={x_rays}", f"--vae={tiny_pixart}", "--image-size=32", "--num-workers=0"]
+    monkeypatch.chdir(tiny_pixart.parent)
+    where[1] = f"--vae={tiny_pixart.name}"  # kept as what it is in any working directory
     assert run(*shared, *where) == 0
     monkeypatch.setattr(sys, "argv", ["extract_features.py", *where, f"--features-path={tmp_path / 'features'}"])
     extract_features.main()
-    assert run(*shared, f"--feature-path={tmp_path / 'features'}") == 0
+    assert run(*shared, f"--feature-path={tmp_path / 'features'}", where[1]) == 0
+    vaes = [read(tmp_path / "results" / f"00{n}-{RUN}", 2)["args"]["vae"] for n in (0, 1)]
+    assert vaes == [str(tiny_pixart.resolve())] * 2
     online, stored = ([e["loss"] for e in entries(tmp_path / "results" / f"00{n}-{RUN}")] for n in (0, 1))
     assert online == pytest.approx(stored, rel=1e-3)
 
@@ -269,9 +273,52 @@ def test_other_options_or_fresh_start_another_run(run, flags, tmp_path, capsys):
     folder = tmp_path / "results" / f"000-{RUN}"
     (folder / FINISHED).unlink()
     run(*flags, "--max-steps=1", "--global-seed=1")
-    assert f"{folder} is not finished, but of other options (global_seed 0 -> 1)" in capsys.readouterr().out
+    said = f"a new run: {folder} is unfinished, but of other options (global_seed 0 -> 1)"
+    assert capsys.readouterr().out.count(said) == 1
     run(*flags, "--max-steps=1", "--fresh")
     assert len(list((tmp_path / "results").iterdir())) == 3
+    for number in (1, 2):
+        (tmp_path / "results" / f"00{number}-{RUN}" / FINISHED).unlink()
+    capsys.readouterr()
+    run(*flags, "--max-steps=1", "--global-seed=1", "--no-flip")  # of several the nearest is named
+    said = capsys.readouterr().out
+    assert said.count("a new run:") == 1 and f"001-{RUN} is unfinished, but of other options (no_flip False" in said
+    run(*flags, "--max-steps=1", "--global-seed=1")  # goes on with its own, whatever else is unfinished
+    said = capsys.readouterr().out
+    assert "a new run:" not in said and f"run: {tmp_path / 'results' / f'001-{RUN}'}\n" in said
+
+
+def test_a_run_is_not_continued_on_other_data_of_the_same_number(run, flags, features, tmp_path, capsys):
+    store = shutil.copytree(features, tmp_path / "store")
+    own = [flag for flag in flags if not flag.startswith("--features")] + [f"--features-path={store}", "--max-steps=1"]
+    run(*own)
+    folder = tmp_path / "results" / f"000-{RUN}"
+    (folder / FINISHED).unlink()
+    array = np.load(store / "moments.npy", mmap_mode="r+")
+    array[0, 0, 0, 0, 0, 0] += 1
+    array.flush()
+    (store / "manifest.json").unlink()
+    checkpoint.seal(store / "manifest.json", [store / name for name in ("moments.npy", "labels.npy", "features.json")])
+    run(*own)
+    said = capsys.readouterr().out
+    assert re.search(rf"a new run: {folder} is unfinished, but of other options \(data \w{{16}} -> \w{{16}}\)\n", said)
+
+
+def test_old_features_are_told_apart_by_their_content(tmp_path):
+    from medart_core.dit_data import DIGESTED, OldFeatures
+
+    def digest(folder: Path) -> str:
+        return OldFeatures(folder, None, 3, "ema").digest()
+
+    folder = old_features(tmp_path / "old", DIGESTED + 44)
+    found = {digest(folder)}
+    assert digest(old_features(tmp_path / "same", DIGESTED + 44)) in found
+    np.save(folder / "imagenet256_labels" / f"{DIGESTED + 43}.npy", np.array([0]))
+    found.add(digest(folder))
+    np.save(folder / "imagenet256_features" / "0.npy", np.ones((1, 4, 4, 4), np.float32))
+    found.add(digest(folder))
+    found.add(digest(old_features(tmp_path / "more", DIGESTED + 45)))
+    assert len(found) == 4
 
 
 def test_a_run_that_another_process_works_on_is_left_alone(run, flags, tmp_path, monkeypatch):
@@ -333,6 +380,27 @@ def test_an_overflow_in_fp16_leaves_out_the_step_and_its_average(flags, features
     assert all(map(torch.equal, before, after)) and run.scaler.get_scale() == 2.0 and run.step == 1
 
 
+def test_overflows_in_fp16_without_end_are_one_line(tmp_path):
+    from medart_core.dit_run import MAX_OVERFLOWS, DiTRun
+
+    model = torch.nn.Linear(1, 1)
+    facts: dict[str, Any] = dict(learning_rate=1e-2, weight_decay=0.0, warmup_steps=0, max_grad_norm=1.0)
+    facts |= {"ema_decay": 0.5, "no_ema_warmup": True}
+    run = DiTRun.start(model, torch.device("cpu"), torch.float32, tmp_path, {}, **facts)
+    run.scaler = torch.amp.GradScaler("cpu")
+
+    def step(factor: float) -> None:
+        run.scaler.scale(model(torch.ones(1, 1)).sum() * factor).backward()
+        run.finish_step(torch.ones(()), False)
+
+    for factor in [float("nan")] * (MAX_OVERFLOWS - 1) + [1.0] + [float("inf")] * (MAX_OVERFLOWS - 1):
+        step(factor)  # a good step between them: it may still find its scale
+    weight = model.weight.clone()
+    with pytest.raises(UserError, match=r"^steps 31 to 60: the gradient is too large for fp16 in each.*bf16 rather"):
+        step(float("inf"))
+    assert torch.equal(model.weight, weight) and run.step == 2 * MAX_OVERFLOWS - 1
+
+
 # --- Data of other makers, and errors ---
 
 
@@ -359,6 +427,16 @@ def test_old_features_are_paired_by_name(run, flags, tmp_path):
     np.save(folder / "imagenet256_features" / "11.npy", np.zeros((1, 4, 8, 8), np.float32))
     with pytest.raises(UserError, match=r"imagenet256_features/11.npy is damaged, or of another size \("):
         run(*own, f"--feature-path={folder}", "--num-classes=3")
+    larger = old_features(tmp_path / "larger")
+    for part in ("features", "labels"):
+        (larger / f"imagenet256_{part}").rename(folder / f"imagenet512_{part}")
+    two = (
+        r"old holds imagenet256_features and imagenet512_features; name one of them: --features-path .*old/imagenet512"
+    )
+    with pytest.raises(UserError, match=two):
+        run(*own, f"--feature-path={folder}", "--num-classes=3")
+    assert run(*own, f"--feature-path={folder / 'imagenet512_features'}", "--num-classes=3") == 0
+    shutil.rmtree(folder / "imagenet512_features")
     (folder / "imagenet256_labels" / "7.npy").unlink()
     with pytest.raises(UserError, match=r"imagenet256_labels/7.npy is missing \(1 such\)"):
         run(*own, f"--feature-path={folder}", "--num-classes=3")
