@@ -4,8 +4,8 @@
     python share.py medart --push_to_hub USER/NAME --data-license "CC0 1.0"
     python share.py medart --push_to_hub USER/NAME --dry_run     shows what would be uploaded; needs no network
 
-The folder holds pytorch_lora_weights.safetensors (diffusers, OneTrainer), comfyui.safetensors and README.md; nothing of
-the training images. The hub's token is that of `hf auth login`, or HF_TOKEN.
+The folder holds pytorch_lora_weights.safetensors (diffusers, OneTrainer), comfyui.safetensors and README.md, nothing
+of the training images. The hub's token is that of `hf auth login`, or HF_TOKEN.
 """
 
 import argparse
