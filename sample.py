@@ -2,6 +2,7 @@
 
     python sample.py --lora nano/lora-chest-xray --prompt "A chest X-ray image of bacterial pneumonia"
     python sample.py --lora medart --prompts prompts.txt --num-images 4 --seed 1 --out results/mine
+    python sample.py --lora medart --lora style.safetensors --lora-scale 0.8 --lora-scale 0.5
     python sample.py --lora medart --merge results/pipeline    a full pipeline folder instead of images
     python sample.py --image-size 512 --seed 1                 the published DiT-XL/2
     python sample.py --model DiT-L/4 --image-size 256 --ckpt model.pt --class-labels 3 5
@@ -41,12 +42,8 @@ def parse_options() -> argparse.Namespace:
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeatable")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
-    what.add_argument(
-        "--negative-prompt", default="", metavar="TEXT", help="what to move away from (default: nothing)"
-    )
-    what.add_argument(
-        "--class-labels", nargs="+", default=[], metavar="CLASS", help="numbers or names of classes, for DiT"
-    )
+    what.add_argument("--negative-prompt", default="", metavar="TEXT", help="to move away from (default: nothing)")
+    what.add_argument("--class-labels", nargs="+", default=[], metavar="CLASS", help="DiT's, by number or by name")
     what.add_argument(
         "--num-images", type=int, metavar="N", help="images per prompt (default: 4) or per class (default: 1)"
     )
@@ -58,9 +55,12 @@ def parse_options() -> argparse.Namespace:
         help="PixArt folder or hub id (default: what the LoRA was made for), or DiT-XL/2 ...",
     )
     model.add_argument(
-        "--lora", type=Path, metavar="PATH", help="output folder of medart.py, a checkpoint in it, or a .safetensors"
+        "--lora", type=Path, action="append", metavar="PATH",
+        help="output folder of medart.py, a checkpoint in it, or a .safetensors; repeatable: their sum",
+    )  # fmt: skip
+    model.add_argument(
+        "--lora-scale", type=float, action="append", metavar="X", help="strength of each, or of all (default: 1)"
     )
-    model.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="the LoRA's strength (default: 1)")
     model.add_argument(
         "--random-weights", action="store_true", help="the published model's shapes without a download; draws noise"
     )
@@ -121,7 +121,7 @@ def choose_family(options: argparse.Namespace, run: Path) -> tuple[str, str]:
     if (run / FINISHED).is_file():
         size = height_and_width(tuned_model.run_settings(run).get("resolution") or pretrained.NANO_SIZE)
         if options.image_size is None or height_and_width(options.image_size) == size:
-            options.lora = run
+            options.lora = [run]
             return "PixArt", f"PixArt with the finished run in {run.name}/"
     if options.image_size in (256, 512):
         return "DiT", f"DiT-XL/2, because of --image-size {options.image_size} and no finished run of that size"
@@ -145,7 +145,7 @@ def choose_prompts(options: argparse.Namespace, settings: dict) -> list[str]:
 def load_pixart(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> pretrained.PixArt:
     return tuned_model.load(
         options.lora, options.model, dtype, device,
-        lora_scale=options.lora_scale, random_weights=options.random_weights,
+        lora_scale=options.lora_scale or 1.0, random_weights=options.random_weights,
     )  # fmt: skip
 
 
@@ -156,7 +156,8 @@ def merge(options: argparse.Namespace) -> None:
     if options.merge.exists() and (options.merge.is_file() or any(options.merge.iterdir())):
         raise UserError(f"{options.merge} is not an empty folder; choose another --merge, or remove it")
     lora_file.merge(load_pixart(options, torch.float32, torch.device("cpu")), options.merge)
-    print(f"{options.lora} merged: PixArtAlphaPipeline.from_pretrained({str(options.merge)!r}) loads it")
+    names = " and ".join(map(str, options.lora))
+    print(f"{names} merged: PixArtAlphaPipeline.from_pretrained({str(options.merge)!r}) loads it")
 
 
 class Order(NamedTuple):
@@ -170,7 +171,7 @@ class Order(NamedTuple):
 
 def order_pixart(options: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Order:
     """Some images of each prompt."""
-    settings = tuned_model.run_settings(options.lora) if options.lora else {}
+    settings = tuned_model.run_settings(options.lora[0]) if options.lora else {}
     prompts = choose_prompts(options, settings)
     model = load_pixart(options, dtype, device)
     size = height_and_width(options.image_size or model.image_size)

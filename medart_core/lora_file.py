@@ -16,6 +16,7 @@ alpha for the rank agree. Its header holds the configuration as diffusers writes
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medart_core import lean_lora, lora
+from medart_core import lean_lora, lora, lora_layouts
 from medart_core.errors import UserError
 from medart_core.pretrained import PARTS
 
@@ -53,7 +54,9 @@ class Adapter:
 
 
 def read(path: str | Path) -> dict[str, Adapter]:
-    """The adapters of a run, a checkpoint or a single file of either layout, by part: `transformer`, `text_encoder`.
+    """The adapters of a run, a checkpoint or a single file, by part: `transformer`, `text_encoder`.
+
+    A file may have any layout of `lora_layouts`.
 
     Raises:
         UserError: if there are none, or the file is damaged or holds something else.
@@ -86,13 +89,7 @@ def _read_folder(folder: Path) -> Adapter:
 
 def _read_file(file: Path) -> dict[str, Adapter]:
     tensors, metadata = _read_tensors(file)
-    places = {(part, f"{prefix}.") for layout in LAYOUTS.values() for part, prefix in layout.items()}
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part, prefix = next((place for place in places if name.startswith(place[1])), (None, ""))
-        if part is None or not name.endswith(TENSORS):
-            raise UserError(f"{file} is no LoRA of PixArt in a layout that is read here: it has a tensor {name}")
-        parts.setdefault(part, {})[name.removeprefix(prefix)] = tensor
+    parts = lora_layouts.to_peft(tensors, file)
     return {part: Adapter(_config(file, names, part, metadata), names) for part, names in parts.items()}
 
 
@@ -113,6 +110,65 @@ def _config(file: Path, tensors: dict[str, Tensor], part: str, metadata: dict[st
     )
 
 
+def read_several(
+    paths: Sequence[str | Path], scale: float | Sequence[float] = 1.0
+) -> tuple[dict[str, Adapter], float]:
+    """The adapters of a LoRA and its strength; of several, each at its own strength or all at one, their sum and 1.
+
+    Raises:
+        UserError: if the strengths are neither one nor as many as the LoRAs, and as `read` and `add` do.
+    """
+    scales = [scale] if isinstance(scale, int | float) else list(scale)
+    scales = scales * len(paths) if len(scales) == 1 else scales
+    if len(scales) != len(paths):
+        raise UserError(f"{len(paths)} LoRAs have {len(scales)} strengths; give one for each, or one for all")
+    found = [read(path) for path in paths]
+    return (found[0], scales[0]) if len(found) == 1 else (add(found, scales), 1.0)
+
+
+def add(adapters: Sequence[dict[str, Adapter]], scales: Sequence[float]) -> dict[str, Adapter]:
+    """Several LoRAs as one: the sum of their updates, each times its scale, exactly, at the sum of their ranks.
+
+    A layer becomes W + B A with the As below one another and the scaled Bs side by side, zeros where a LoRA lacks it.
+
+    Raises:
+        UserError: if one is a DoRA, whose update is no sum.
+    """
+    found: dict[str, Adapter] = {}
+    for part in dict.fromkeys(part for each in adapters for part in each):
+        members = [(each[part], scale) for each, scale in zip(adapters, scales, strict=True) if part in each]
+        if any(adapter.config.use_dora for adapter, _ in members):
+            raise UserError("a DoRA cannot be added to another LoRA; merge it first: python sample.py --merge")
+        names = dict.fromkeys(name for adapter, _ in members for name in adapter.tensors)
+        tensors = {name: _side_by_side(name, members) for name in names}
+        rank = sum(adapter.config.r for adapter, _ in members)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            base_model_name_or_path=members[0][0].config.base_model_name_or_path,
+            target_modules=[name.removesuffix(TENSORS[0]) for name in names if name.endswith(TENSORS[0])],
+        )
+        found[part] = Adapter(config, tensors)
+    return found
+
+
+def _side_by_side(name: str, members: Sequence[tuple[Adapter, float]]) -> Tensor:
+    """The As of several adapters by rows, or the Bs by columns, times the scales."""
+    is_b = name.endswith(TENSORS[1])
+    like = next(adapter.tensors[name] for adapter, _ in members if name in adapter.tensors)
+    pieces = []
+    for adapter, scale in members:
+        shape = [*like.shape]
+        shape[int(is_b)] = adapter.config.r
+        piece = adapter.tensors.get(name, like.new_zeros(shape)).float()
+        pieces.append(piece * (scale * _update_scale(adapter.config)) if is_b else piece)
+    return torch.cat(pieces, dim=int(is_b))
+
+
+def _update_scale(config: LoraConfig) -> float:
+    return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
 def base_model(adapters: dict[str, Adapter]) -> str | None:
     """Name of the pipeline that the adapters were made for."""
     return next((adapter.config.base_model_name_or_path for adapter in adapters.values()), None)
@@ -130,7 +186,7 @@ def export(source: str | Path, file: str | Path, layout: str = "diffusers") -> N
         config = adapter.config
         if config.use_dora and layout == "comfyui":
             raise UserError(f"{source} is a DoRA, which ComfyUI reads otherwise; merge it: python sample.py --merge")
-        scale = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+        scale = _update_scale(config)
         for name, tensor in adapter.tensors.items():
             scaled = scale != 1 and name.endswith(TENSORS[1])
             tensors[f"{LAYOUTS[layout][part]}.{name}"] = tensor.float() * scale if scaled else tensor
@@ -141,9 +197,9 @@ def export(source: str | Path, file: str | Path, layout: str = "diffusers") -> N
     save_file(tensors, file, header)
 
 
-def load(pipeline, path: str | Path, scale: float = 1.0) -> None:
-    """Put a LoRA into a pipeline of frozen models; see `read` for the paths and `apply` for the rest."""
-    apply(pipeline, read(path), scale)
+def load(pipeline, path: str | Path | Sequence[str | Path], scale: float | Sequence[float] = 1.0) -> None:
+    """Put a LoRA, or the sum of several, into a pipeline of frozen models; see `read` for paths and `apply`."""
+    apply(pipeline, *read_several([path] if isinstance(path, str | Path) else path, scale))
 
 
 def apply(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> None:

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from medart_core import model_card
 from medart_core.entries import Entries, peak_mem_gb
 from medart_core.medart_options import MedArtOptions, image_sides
 from medart_core.pictures import image_grid
@@ -66,22 +67,8 @@ class RunLog(Entries):
 
     def model_card(self, base: str, settings: Mapping, step: int) -> None:
         """Write README.md: what was trained on what, with which options, and how to use it."""
-        used = {name: value for name, value in settings.items() if value is not None}
-        samples = f"![samples, the same noise as before the first step](samples/step-{step:06d}.png)\n"
-        lines = [f"| `{name}` | `{value}` |" for name, value in used.items()]
-        card = f"""---
-base_model: {base}
-tags: [text-to-image, pixart-alpha, lora, medical]
----
-# PixArt-alpha LoRA, {step} steps{"" if self.opts.no_hldf else " with HLDF"}
-
-Made with Med-Art's `medart.py`. Not for diagnosis. Check the licence of the data before you share this.
-
-{samples if self.opts.num_validation_images else ""}
-    python sample.py --lora {self.folder} --prompt "{self.prompts[0]}"
-
-| option | value |
-|---|---|
-{chr(10).join(lines)}
-"""
+        title = f"PixArt-alpha LoRA, {step} steps{'' if self.opts.no_hldf else ' with HLDF'}"
+        usage = [f'python sample.py --lora {self.folder} --prompt "{self.prompts[0]}"']
+        grid = f"samples/step-{step:06d}.png" if self.opts.num_validation_images else None
+        card = model_card.text(title, {**settings, "base": base}, step, usage, grid=grid)
         (self.folder / "README.md").write_text(card, encoding="utf-8")

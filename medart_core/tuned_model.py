@@ -1,6 +1,7 @@
 """PixArt with a saved LoRA on it, and what the run that made the LoRA says of itself."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -34,20 +35,21 @@ def run_settings(lora: Path) -> dict:
 
 
 def load(
-    lora: Path | None,
+    lora: Path | Sequence[Path] | None,
     name: str | None,
     dtype: torch.dtype,
     device: torch.device,
     *,
-    lora_scale: float = 1.0,
+    lora_scale: float | Sequence[float] = 1.0,
     random_weights: bool = False,
 ) -> pretrained.PixArt:
-    """The model `name`, or the one that the LoRA was made for, or the bundled one, with the LoRA on it."""
-    adapters = lora_file.read(lora) if lora else {}
+    """The model `name`, or the one that the LoRA was made for, or the bundled one, with one LoRA or several on it."""
+    loras = [lora] if isinstance(lora, Path) else lora
+    adapters, strength = lora_file.read_several(loras, lora_scale) if loras else ({}, 1.0)
     name = name or lora_file.base_model(adapters)
     if random_weights or name == full_size.NAME:
         model = full_size.build_random(dtype, device)
     else:
         model = pretrained.load(name, dtype, device)
-    lora_file.apply(model, adapters, lora_scale)
+    lora_file.apply(model, adapters, strength)
     return model
