@@ -6,10 +6,12 @@
 
 Every row is a run of the scripts as a user would call them, one thread each: medart.py (or train.py), sample_ddp.py,
 evaluate.py. Its figures go to results/ablation/SET/ROW-seed-N.json, its run to results/ablation-runs/. A row whose
-JSON is there is taken as it is, an interrupted one goes on. `make tables` puts the figures into the documents.
+JSON is there is taken as it is, an interrupted one goes on, one that another process makes is left to it. Then
+`make tables` puts the figures into the documents.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import resource
@@ -45,6 +47,7 @@ from medart_core.errors import UserError, exit_codes
 from medart_core.sources import INCEPTION_FILE, sha256_of
 
 RESULTS, RUNS, QUICK = (ROOT / "results" / name for name in ("ablation", "ablation-runs", "ablation-quick"))
+FINISHED = "finished"
 KEPT = ("value", "low", "high", "floor")  # of a figure
 
 
@@ -80,6 +83,9 @@ class Ablation:
         The copy keeps its captions, whatever becomes of those in dataset/.
         """
         folder = self.runs / "data" / data
+        if (folder / "ready.json").exists():
+            return
+        take(folder, work="prepares images", remedy="wait until it has")
         if not (ROOT / "dataset" / data / "train" / "raw.csv").exists():
             call("prepare.py", data)
         for split, count in (("train", None), ("prompts", self.images)):
@@ -98,18 +104,25 @@ class Ablation:
             size = f"--image-size={PIXELS[data]}"
             where = [f"--data-path={folder / 'train'}", f"--features-path={features}"]
             call("extract_features.py", *where, size, "--vae=nano", "--num-workers=0")
+        write_json(folder / "ready.json", {})
 
     # --- A row ---
 
     def attempt(self, row: Row) -> tuple[Row, str]:
-        """Make a row; returns it with what went wrong, if something did."""
+        """Make a row unless another process does; returns it with what came of it."""
+        try:
+            take(self.runs / str(row))
+        except UserError:
+            return row, "left to another process"
+        if self.finished(row):
+            return row, FINISHED
         try:
             with self.preparing:
                 self.prepare(row.data)
             self.make(row)
         except UserError as error:
             return row, str(error)
-        return row, ""
+        return row, FINISHED
 
     def make(self, row: Row) -> None:
         """Train, draw and evaluate; the row's JSON is written last."""
@@ -169,11 +182,9 @@ def call(script: str, *flags: str, log: Path | None = None, accepted: tuple[int,
     """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'diffusers'}:{ROOT / 'LLaVA-NeXT'}"}
     started = time.perf_counter()
-    with open(log, "ab") if log else open(os.devnull) as output:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / script), *flags], cwd=ROOT, env=environment,
-            **({"stdout": output, "stderr": output} if log else {}),
-        )  # fmt: skip
+    command = [sys.executable, str(ROOT / script), *flags]
+    with open(log, "ab") if log else contextlib.nullcontext() as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode not in accepted:
@@ -205,18 +216,17 @@ def main() -> None:
     plan = [row for row in (QUICK_PLAN if options.quick else PLAN) if str(row).startswith(options.only)]
     if not plan:
         raise UserError(f"no row begins with {options.only!r}; there are {', '.join(dict.fromkeys(map(str, PLAN)))}")
-    take(ablation.runs, work="runs the ablation", remedy="wait for it")
     missing = [row for row in plan if not ablation.finished(row)]
     print(f"{len(plan)} rows, {len(missing)} to make; runs, pictures and logs in {ablation.runs}", flush=True)
     failed = []
     with ThreadPoolExecutor(options.workers) as pool, tqdm(desc="ablation", unit="row", total=len(missing)) as bar:
-        for row, fault in pool.map(ablation.attempt, missing):
-            bar.write(f"{row}: {fault or 'finished'}")
+        for row, outcome in pool.map(ablation.attempt, missing):
+            bar.write(f"{row}: {outcome}")
             bar.update()
-            failed += [row] if fault else []
+            failed += [row] if not ablation.finished(row) else []
     print(f"figures: {ablation.results}; make tables puts them into the documents")
     if failed:
-        raise UserError(f"{len(failed)} rows failed, see above; run the same command again to go on")
+        raise UserError(f"{len(failed)} rows are not finished, see above; run the same command again to go on")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Files of the ablation: the set that its rows share, the table of the pictures that count, and what tells data apart."""
+"""Files of the ablation: the images that rows share, the table of the pictures that count, what tells data apart."""
 
 import csv
 import hashlib
