@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ablation_data import copy_evenly, digest, label_samples
+from ablation_data import balanced_numbers, copy_evenly, digest, labels_of, list_samples
 from ablation_rows import (
     BATCH,
     DIT,
@@ -44,6 +44,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 from medart_core.checkpoint import take, write_json
 from medart_core.errors import UserError, exit_codes
+from medart_core.metadata import NO_CAPTIONS
 from medart_core.sources import INCEPTION_FILE, sha256_of
 
 RESULTS, RUNS, QUICK = (ROOT / "results" / name for name in ("ablation", "ablation-runs", "ablation-quick"))
@@ -138,25 +139,27 @@ class Ablation:
         samples, report = run / "samples", run / "evaluation" / "report.json"
         shared = [f"--sample-dir={samples}", f"--global-seed={row.seed}", f"--per-proc-batch-size={BATCH}"]
         shared += [f"--num-sampling-steps={SOLVER_STEPS}", "--precision=bf16", f"--image-size={PIXELS[row.data]}"]
+        labels = labels_of(data / "prompts")
+        numbers = list(range(len(labels)))
         if row.name == "dit":
             result = run / "000-DiT-S-2"
             flags = [f"--{name}={value}" for name, value in (DIT | {"max-steps": self.steps}).items()]
             where = [f"--features-path={self.runs / row.data}-features", f"--results-dir={run}", "--no-flip"]
             stage("train", "train.py", *flags, *where, f"--global-seed={row.seed}", done=result / "finished.json")
             weights = [result / "checkpoints" / f"{self.steps:07d}.pt"]
-            count = 2 * self.images  # balanced; of each class as many are taken as the other rows have
+            numbers = balanced_numbers(labels, sorted(set(labels_of(data / "train"))))
             how = [f"--ckpt={weights[0]}", "--balanced", "--sampler=dpm++", "--guided-channels=4", "--cfg-scale=2"]
         else:
             result, options = run / "lora", row.options | {"max_train_steps": self.steps, "seed": row.seed}
             options |= {"dataset_name": data / "train", "resolution": PIXELS[row.data]}
             stage("train", "medart.py", *arguments(result, options), done=result / "finished.json")
             weights = sorted(result.glob("*_lora/adapter_model.safetensors"))
-            count, column = self.images, options["caption_column"]
+            column = options["caption_column"]
             how = [f"--lora={result}", f"--metadata={data / 'prompts'}", f"--caption-column={column}"]
         archive = samples / "done.json"
-        stage("sample", "sample_ddp.py", f"--num-fid-samples={count}", *how, *shared, done=archive)
+        stage("sample", "sample_ddp.py", f"--num-fid-samples={max(numbers) + 1}", *how, *shared, done=archive)
         [pictures] = [path for path in samples.iterdir() if path.is_dir() and path.name[0] != "."]
-        label_samples(pictures, data / "prompts", row)
+        list_samples(pictures, numbers, None if row.options.get("caption_column") == NO_CAPTIONS else labels)
         write_json(archive, pictures.name)
         against = [f"--real={ROOT / 'dataset' / row.data / 'test'}", f"--extractor={self.runs / row.data}.safetensors"]
         how = [f"--generated={pictures}", *against, f"--out={run / 'evaluation'}", "--utility-seeds=0"]
@@ -198,9 +201,12 @@ def cpu_seconds(usage: resource.struct_rusage) -> float:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty if tracked files differ from it; empty without git."""
-    asked = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The checkout's commit, with -dirty if its Python code differs from it; empty without git."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno", "--", "*.py") else "")
 
 
 def main() -> None:

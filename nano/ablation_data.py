@@ -6,11 +6,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from ablation_rows import Row
 from recipe import ROOT
 
 sys.path.insert(0, str(ROOT))
-from medart_core.metadata import NO_CAPTIONS
 from medart_core.sources import sha256_of
 
 
@@ -33,22 +31,27 @@ def write_table(file: Path, found: list[dict[str, str]]) -> None:
         writer.writerows(found)
 
 
-def label_samples(pictures: Path, prompts: Path, row: Row) -> None:
-    """Name in metadata.csv the pictures that count, with the class that each was asked for, if one was.
+def labels_of(folder: Path) -> list[str]:
+    """The class of every image of a prepared split."""
+    with open(folder / "raw.csv", newline="", encoding="utf-8") as file:
+        return [line["label"] for line in csv.DictReader(file)]
 
-    DiT's are balanced: of each class as many are taken as there are prompts.
-    """
-    with open(prompts / "raw.csv", newline="", encoding="utf-8") as file:
-        labels = [line["label"] for line in csv.DictReader(file)]
-    numbers = list(range(len(labels)))
-    if row.name == "dit":
-        classes, taken = sorted(set(labels)), dict.fromkeys(labels, 0)
-        for number, label in enumerate(labels):
-            numbers[number] = taken[label] * len(classes) + classes.index(label)
-            taken[label] += 1
-    found = [{"file_name": f"{number:06d}.png", "label": label} for number, label in zip(numbers, labels, strict=True)]
-    if row.options.get("caption_column") == NO_CAPTIONS:
-        found = [{"file_name": line["file_name"]} for line in found]
+
+def balanced_numbers(labels: list[str], classes: list[str]) -> list[int]:
+    """Of pictures whose classes come in turn, the first that have these labels, none of them twice."""
+    taken = dict.fromkeys(classes, 0)
+    numbers = []
+    for label in labels:
+        numbers.append(taken[label] * len(classes) + classes.index(label))
+        taken[label] += 1
+    return numbers
+
+
+def list_samples(pictures: Path, numbers: list[int], labels: list[str] | None) -> None:
+    """Name in metadata.csv the pictures that count, with the class that each was asked for, if one was."""
+    found = [{"file_name": f"{number:06d}.png"} for number in numbers]
+    for line, label in zip(found, labels or (), strict=False):
+        line["label"] = label
     write_table(pictures / "metadata.csv", found)
 
 
