@@ -5,7 +5,7 @@ OLD_PYTHON := '$(PYTHON)' is not Python 3.11 or newer: name one, as in PYTHON=/u
 LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-dit test lint bench bench-train-options soak nano figures
+.PHONY: help demo demo-dit test lint bench bench-train-options soak nano figures ablation ablation-quick tables
 
 help:
 	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, evaluate it, 15 minutes"
@@ -18,6 +18,8 @@ help:
 	@echo "make bench-train-options  steps per second and memory of train.py's ways to train, beside fast-DiT's table"
 	@echo "make soak     the long campaigns: resumes, kills, a step at full size (half an hour; 16 GB of memory)"
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
+	@echo "make ablation the paper's ablation at bundled scale, hours -> results/ablation (make ablation-quick: 15 minutes)"
+	@echo "make tables   put the figures of results/ into README and docs"
 	@echo "make figures  run the demo and copy its picture into img/ for the README"
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
 
@@ -64,6 +66,15 @@ figures: demo
 	mkdir -p img
 	cp medart/demo.png img/demo.png
 	cp results/captions.png img/captions.png
+
+ablation: .venv/.installed
+	$(PY) nano/ablation.py
+
+ablation-quick: .venv/.installed
+	$(PY) nano/ablation.py --quick
+
+tables: .venv/.installed
+	$(PY) nano/tables.py
 
 # The stamps are written last, so that an interrupted installation is taken up again.
 .venv/.created:

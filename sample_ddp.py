@@ -47,7 +47,7 @@ def parse_options() -> argparse.Namespace:
     what.add_argument("--global-seed", type=int, default=0, metavar="N", help="(default: 0)")
     what.add_argument("--balanced", action="store_true", help="all classes equally often, in turn")
     what.add_argument("--metadata", type=Path, metavar="PATH", help="metadata.csv, or its folder: PixArt's prompts")
-    what.add_argument("--caption-column", default="text", metavar="NAME", help="its column of prompts (default: text)")
+    what.add_argument("--caption-column", default="text", metavar="NAME", help="of prompts (default: text; or none)")
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="DiT-XL/2 ... (default: the checkpoint's), or PixArt's folder")
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint (default: the published DiT-XL/2)")

@@ -56,7 +56,7 @@ class MedArtOptions:
     dataset_name: str | None = option(
         None, "data", "folder with images and metadata.csv, or hub id (default: dataset/chest-xray/train)"
     )
-    caption_column: str = option("text", "data", "column with the captions")
+    caption_column: str = option("text", "data", "column with the captions; none: only empty ones")
     image_column: str = option("image", "data", "column with the images, for a data set on the hub")
     resolution: int | str | None = option(
         None, "data", "side of the images in pixels, or height x width as in 384x640 (default: the model's own)",

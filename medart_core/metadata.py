@@ -10,6 +10,7 @@ from typing import Any
 from medart_core.errors import UserError
 
 METADATA_FILES = ("metadata.csv", "metadata.jsonl")
+NO_CAPTIONS = "none"  # in place of a column: every caption is the empty one
 
 
 def raise_first(problems: Sequence[str]) -> None:
@@ -96,7 +97,8 @@ def read_metadata(
 ) -> list[tuple[str, str]]:
     """The (file_name, caption) pairs of a folder's table, in its order; the first of `files` that is there counts.
 
-    With another `column`, what is read and called `what` in messages may also be a label.
+    With another `column`, what is read and called `what` in messages may also be a label; with `NO_CAPTIONS` every
+    image has the empty caption.
 
     Raises:
         UserError: if there is no table, or as `read_table` does.
@@ -106,5 +108,7 @@ def read_metadata(
         raise UserError(
             f"{folder} has no metadata.csv; make a set with prepare.py, or write one with the columns file_name,text"
         )
+    if column == NO_CAPTIONS:
+        return [(row["file_name"], "") for _, row in read_table(file, "file_name", "rename one", "file_name")]
     remedy = "rename one or use --caption_column" if what == "caption" else "rename one"
     return [(row["file_name"], row[column]) for _, row in read_table(file, column, remedy, what)]

@@ -1,0 +1,233 @@
+"""Put the figures of results/ into README and docs, between markers; run `make tables` after an ablation.
+
+    python nano/tables.py            rewrites the tables that differ
+    python nano/tables.py --check    only names them, and exits with 2
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; the names are those of `TABLES`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, TypeAlias
+
+from ablation_rows import COLOUR, PLAN, ROWS, XRAY
+from recipe import ROOT
+
+sys.path.insert(0, str(ROOT))
+from medart_core.errors import UserError, exit_codes
+
+RESULTS = ROOT / "results" / "ablation"
+MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+NAMES = {
+    "med-art": "Med-Art",
+    "without-hldf": "without HLDF",
+    "simple-caption": "simple caption",
+    "empty-caption": "empty caption",
+    "without-t5-lora": "without T5 LoRA",
+    "dora": "DoRA",
+    "dit": "DiT from scratch",
+    "unbiased": "unbiased colour loss",
+    "last-k": "`last_k`, k = 4",
+    "sparse": "`sparse`, k = 4",
+    "one-step": "`one_step`",
+}
+FIGURES = {
+    "fid": "FID",
+    "kid": "KID",
+    "domain_frechet": "domain Frechet distance",
+    "class_agreement": "agreement with the prompt",
+    "colour_statistics_distance": "colour distance",
+    "chroma_error": "chroma error",
+    "colour_diversity": "colour diversity",
+}
+COLOURS = list(FIGURES)[4:]
+PAPER = {"without-hldf": 72.86, "simple-caption": 55.44, "empty-caption": 59.12, "without-t5-lora": 63.10,
+         "dora": 55.88, "dit": 102.99, "med-art": 51.99}  # fmt: skip
+NONE_YET = ["No row is finished yet."]
+
+Record: TypeAlias = dict[str, Any]
+Rows: TypeAlias = dict[str, dict[int, Record]]  # by row and seed
+
+
+def read_rows(data: str, results: Path = RESULTS) -> Rows:
+    """The finished rows of a set, in the order of `ROWS`."""
+    files = sorted((results / data).glob("*.json"))
+    records = [json.loads(file.read_text()) for file in files]
+    found: Rows = {}
+    for name in ROWS:
+        if of_row := {record["seed"]: record for record in records if record["row"] == name}:
+            found[name] = dict(sorted(of_row.items()))
+    return found
+
+
+def values(of_row: dict[int, Record], figure: str) -> dict[int, float]:
+    """A figure of a row by seed, where it was measured."""
+    figures = {seed: record["figures"].get(figure) for seed, record in of_row.items()}
+    return {seed: found["value"] for seed, found in figures.items() if found}
+
+
+def differences(rows: Rows, name: str, figure: str, other: str = "med-art") -> list[float]:
+    """The figure of a row minus that of another, for every seed that both have."""
+    ours, theirs = (values(rows.get(row, {}), figure) for row in (name, other))
+    return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+
+def counts(found: Sequence[float]) -> bool:
+    """Whether paired differences have one sign and a mean larger than their spread; all else is noise."""
+    one_sign = all(value > 0 for value in found) or all(value < 0 for value in found)
+    return len(found) > 1 and one_sign and abs(mean(found)) > stdev(found)
+
+
+def number(value: float) -> str:
+    digits = 1 if abs(value) >= 20 else 2 if abs(value) >= 1 else 3
+    return f"{value:.{digits}f}"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
+
+
+# --- The tables ---
+
+
+def levels(data: str, names: Sequence[str], figures: Sequence[str] = tuple(FIGURES)) -> list[str]:
+    """Mean and range over the seeds, under the floor that real images reach."""
+    rows = read_rows(data)
+    lines = []
+    for name in [name for name in names if name in rows]:
+        cells = []
+        for figure in figures:
+            found = list(values(rows[name], figure).values())
+            spread = f" ({number(min(found))} to {number(max(found))})" if len(found) > 1 else ""
+            cells.append(number(mean(found)) + spread if found else "-")
+        lines.append([NAMES[name], str(len(rows[name])), *cells])
+    if not lines:
+        return NONE_YET
+    records = [record for of_row in rows.values() for record in of_row.values()]
+    floors = [
+        [record["figures"][name]["floor"] for record in records if name in record["figures"]] for name in figures
+    ]
+    floors = [[floor for floor in found if floor is not None] for found in floors]
+    lines.append(["real against real", "", *(number(mean(found)) if found else "-" for found in floors)])
+    return markdown(["row", "seeds", *(FIGURES[name] for name in figures)], lines)
+
+
+def paired(data: str, names: Sequence[str], figures: Sequence[str], other: str = "med-art") -> list[str]:
+    """Differences from another row at the same seed: mean and standard deviation, in bold where they count."""
+    rows = read_rows(data)
+    lines = []
+    for name in [name for name in names if name in rows and name != other]:
+        cells, pairs = [], 0
+        for figure in figures:
+            found = differences(rows, name, figure, other)
+            pairs = max(pairs, len(found))
+            spread = f" ± {number(stdev(found))}" if len(found) > 1 else ""
+            text = signed(mean(found)) + spread if found else "-"
+            cells.append(f"**{text}**" if counts(found) else text)
+        if pairs:
+            lines.append([f"{NAMES[name]} minus {NAMES[other]}", str(pairs), *cells])
+    return markdown(["", "pairs", *(FIGURES[name] for name in figures)], lines) if lines else NONE_YET
+
+
+def signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def order() -> list[str]:
+    """The paper's FIDs on Kvasir beside ours, rows in the paper's order."""
+    ours, xray = read_rows(COLOUR), read_rows(XRAY)
+    lines = []
+    for name in sorted(PAPER, key=lambda row: PAPER[row]):
+        found = [list(values(rows.get(name, {}), "fid").values()) for rows in (ours, xray)]
+        lines.append([NAMES[name], f"{PAPER[name]:.2f}", *(number(mean(each)) if each else "-" for each in found)])
+    return markdown(["row", "paper, Kvasir", "dermoscopy patches", "chest X-rays"], lines)
+
+
+def modes() -> list[str]:
+    """Gradient modes: the colours they reach, and the CPU seconds that an update with HLDF adds to a run."""
+    rows, lines = read_rows(COLOUR), []
+    full = seconds_per_update(rows, "med-art")
+    for name in ("med-art", "last-k", "sparse", "one-step"):
+        if name not in rows:
+            continue
+        seconds = seconds_per_update(rows, name)
+        share = f" ({seconds / full:.0%})" if seconds and full else ""
+        title = "`full` (Med-Art)" if name == "med-art" else NAMES[name]
+        cells = [number(mean(list(values(rows[name], figure).values()))) for figure in COLOURS]
+        lines.append([title, str(len(rows[name])), f"{seconds:.2f}{share}" if seconds else "-", *cells])
+    head = ["gradient", "seeds", "CPU seconds per HLDF update", *(FIGURES[name] for name in COLOURS)]
+    return markdown(head, lines) if lines else NONE_YET
+
+
+def seconds_per_update(rows: Rows, name: str) -> float | None:
+    """CPU seconds of a training run beyond those of the same seed without HLDF, per update with HLDF."""
+    without, found = rows.get("without-hldf", {}), []
+    for seed, record in rows.get(name, {}).items():
+        if seed in without:
+            updates = len(range(0, record["steps"], record["options"]["N_steps"]))
+            spent = [each["seconds"]["train"]["cpu"] for each in (record, without[seed])]
+            found.append((spent[0] - spent[1]) / updates)
+    return mean(found) if found else None
+
+
+def missing() -> list[str]:
+    """The rows of the plan that have no figures."""
+    absent = [str(row) for row in PLAN if not (RESULTS / f"{row}.json").exists()]
+    return [f"Rows not finished: {', '.join(absent)}." if absent else f"All {len(PLAN)} rows are finished."]
+
+
+CORE = list(ROWS)[:7]
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "ablation-colour": lambda: levels(COLOUR, CORE),
+    "ablation-colour-pairs": lambda: paired(COLOUR, CORE, list(FIGURES)),
+    "ablation-xray": lambda: levels(XRAY, CORE),
+    "ablation-xray-pairs": lambda: paired(XRAY, CORE, list(FIGURES)),
+    "ablation-order": order,
+    "ablation-captions": lambda: paired(COLOUR, ["empty-caption"], list(FIGURES), "simple-caption"),
+    "ablation-loss": lambda: levels(COLOUR, ["without-hldf", "med-art", "unbiased"], ["fid", *COLOURS]),
+    "ablation-loss-pairs": lambda: paired(COLOUR, ["unbiased", "without-hldf"], ["fid", *COLOURS]),
+    "ablation-modes": modes,
+    "ablation-modes-pairs": lambda: paired(COLOUR, ["last-k", "sparse", "one-step"], ["fid", *COLOURS]),
+    "ablation-missing": missing,
+    "ablation-readme": lambda: levels(COLOUR, ["without-hldf", "med-art"], ["fid", *COLOURS]),
+}
+
+
+def documents() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def rendered(text: str, source: str) -> str:
+    """A document with its tables made anew. Raises UserError for a table that is not known."""
+
+    def table(match: re.Match[str]) -> str:
+        if match["name"] not in TABLES:
+            raise UserError(f"{source} asks for the table {match['name']!r}; there are {', '.join(TABLES)}")
+        return "\n".join([match[1], *TABLES[match["name"]](), "", match[3]])
+
+    return MARKED.sub(table, text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 2 if a table differs")
+    options = parser.parse_args()
+    for file in documents():
+        before = file.read_text(encoding="utf-8")
+        after = rendered(before, str(file))
+        if after == before:
+            continue
+        if options.check:
+            raise UserError(f"tables of {file} differ from results/; run make tables")
+        file.write_text(after, encoding="utf-8")
+        print(f"{file}: tables made anew")
+
+
+if __name__ == "__main__":
+    with exit_codes():
+        main()
