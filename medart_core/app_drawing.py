@@ -1,4 +1,4 @@
-"""What the web demo draws with: PixArt, whose LoRAs are changed between pictures, and DiT; to be stopped at any step."""
+"""What the web demo draws with: PixArt, whose LoRA changes from picture to picture, and DiT; stopped at any step."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager

@@ -8,23 +8,23 @@ from typing import Any
 
 from PIL import Image
 
-from medart_core.app_root import LOG, REPORT, SAMPLES, Root
+from medart_core.app_root import LOG, MARKS, REPORT, Root
 from medart_core.entries import whole_lines
 from medart_core.errors import UserError
 from medart_core.evaluation import report
 from medart_core.evaluation.measured import Measured
 from medart_core.images import open_image
 
-MOST_PICTURES, MOST_BYTES = 24, 64 * 2**20
+MOST_PICTURES, MOST_BYTES = 12, 64 * 2**20
 CURVES = {"loss": "loss", "loss_noise": "noise loss", "loss_color": "colour loss", "loss_validation": "held out"}
-FIGURES = CURVES | {"sec_per_step": "seconds per step", "steps_per_sec": "steps per second", "peak_mem_gb": "GB at most"}
+SPEED = {"sec_per_step": "seconds per step", "steps_per_sec": "steps per second", "peak_mem_gb": "GB at most"}
 
 
 @dataclass(frozen=True)
 class Opened:
     """A folder's pictures with their names, its figures as Markdown, and its losses as (step, name, value)."""
 
-    pictures: list[tuple[Image.Image, str]]
+    pictures: list[tuple[str, Image.Image]]
     figures: str
     curves: list[tuple[int, str, float]]
 
@@ -35,7 +35,7 @@ def open_folder(root: Root, name: str | None) -> Opened:
     Raises:
         UserError: if the folder is not ours, lies or leads outside, or if a file in it is damaged.
     """
-    folder = root.folder(name, REPORT, LOG, SAMPLES)
+    folder = root.folder(name, MARKS)
     figures, curves = "", []
     if (folder / REPORT).is_file():
         figures = _evaluation(_read(folder / REPORT))
@@ -51,7 +51,7 @@ def open_folder(root: Root, name: str | None) -> Opened:
 
 def _refuse_huge(file: Path) -> None:
     if file.stat().st_size > MOST_BYTES:
-        raise UserError(f"{file.name} has more than {MOST_BYTES >> 20} MB, too much for a page; read it on the machine")
+        raise UserError(f"{file.name} has more than {MOST_BYTES >> 20} MB, too much for a page; read it elsewhere")
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -64,11 +64,11 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _pictures(folder: Path) -> list[tuple[Image.Image, str]]:
+def _pictures(folder: Path) -> list[tuple[str, Image.Image]]:
     """Those of the folder itself, then the newest sample grids."""
     own = sorted(folder.glob("*.png"), key=lambda path: (path.stem.isdecimal(), path.name))
     files = [*own, *sorted((folder / "samples").glob("*.png"), reverse=True)]
-    return [(open_image(file, file.name), file.stem.replace("-", " ")) for file in files[:MOST_PICTURES]]
+    return [(file.stem.replace("-", " "), open_image(file, file.name)) for file in files[:MOST_PICTURES]]
 
 
 def _evaluation(content: Mapping[str, Any]) -> str:
@@ -87,7 +87,7 @@ def _evaluation(content: Mapping[str, Any]) -> str:
 def _losses(entries: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, str, float]]]:
     """First and last value of each figure of a training, and the losses step by step."""
     lines, curves = [], []
-    for key, title in FIGURES.items():
+    for key, title in (CURVES | SPEED).items():
         rows = [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
         if rows:
             lines.append(f"| {title} | {rows[0][1]:.4g} | {rows[-1][1]:.4g} | {rows[-1][0]} |")

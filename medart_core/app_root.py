@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,8 @@ from medart_core.errors import UserError
 DEPTH = 5  # folders below the root that are looked into: results/demo-dit/600-steps-seed-0/000-DiT-S-4 and one more
 NOT_LOOKED_INTO = {"dataset", "samples", "tensorboard", numbered_runs.FOLDER}
 ADAPTERS = ("transformer_lora/adapter_config.json", "text_encoder_lora/adapter_config.json")
-LOG, REPORT, SAMPLES = "log.jsonl", "report.json", "samples.csv"
+LOG, REPORT = "log.jsonl", "report.json"
+MARKS = (REPORT, LOG, "samples.csv")  # of what the report tab can open
 
 
 class Lora(NamedTuple):
@@ -52,13 +53,17 @@ class Root:
             raise UserError(f"{str(name)!r} is outside of the folder that this page may read; choose from the list")
         return found
 
-    def folder(self, name: str | None, *wanted: str) -> Path:
-        """The folder `name` with one of the `wanted` files, none of whose files is a link that leads outside."""
+    def folder(self, name: str | None, wanted: Sequence[str] = ADAPTERS) -> Path:
+        """The folder `name`, which has one of the `wanted` files and no link that leads outside.
+
+        Raises:
+            UserError: if it is none, or lies outside.
+        """
         if not (name or "").strip():
             raise UserError("no folder is chosen; choose one from the list")
         found = self.inside(str(name).strip())
         if not any((found / file).is_file() for file in wanted):
-            raise UserError(f"there is nothing of ours in {name!r}; choose a folder from the list")
+            raise UserError(f"{name!r} is no folder of a run, an evaluation or samples; choose one from the list")
         for path in found.rglob("*"):
             self.inside(path)
         return found
@@ -88,7 +93,9 @@ class Root:
     def checkpoints(self) -> list[str]:
         """The newest DiT checkpoint of each run of train.py."""
         runs = [folder for folder in self._folders() if (folder / numbered_runs.FOLDER).is_dir()]
-        return [self._name(numbered_runs.file_of(run, steps[-1])) for run in runs if (steps := numbered_runs.steps(run))]
+        return [
+            self._name(numbered_runs.file_of(run, steps[-1])) for run in runs if (steps := numbered_runs.steps(run))
+        ]
 
     def checkpoint(self, name: str | None) -> Path:
         """The DiT checkpoint `name`. Raises UserError if it is none, or lies outside."""
@@ -99,8 +106,7 @@ class Root:
 
     def reports(self) -> list[str]:
         """Folders that the report tab can open: runs, evaluations, samples."""
-        marks = (REPORT, LOG, SAMPLES)
-        return [self._name(folder) for folder in self._folders() if any((folder / mark).is_file() for mark in marks)]
+        return [self._name(folder) for folder in self._folders() if any((folder / mark).is_file() for mark in MARKS)]
 
 
 def _read(file: Path) -> dict:
