@@ -16,7 +16,8 @@ alpha for the rank agree. Its header holds the configuration as diffusers writes
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,25 @@ def apply(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> None:
         model.requires_grad_(False).eval()
 
 
+@contextmanager
+def applied(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> Iterator[None]:
+    """Within it the adapters are on the pipeline, see `apply`; after it there is no LoRA, and no bit of it is left."""
+    try:
+        apply(pipeline, adapters, scale)
+        yield
+    finally:
+        for part in adapters:
+            model: nn.Module = getattr(pipeline, part)
+            for place, layer in _layers(model):
+                model.set_submodule(place, layer.get_base_layer())
+            if hasattr(model, "peft_config"):  # by which PEFT would take the model for one with adapters
+                del model.peft_config
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(place, layer) for place, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+
+
 def merge(pipeline, folder: Path) -> None:
     """Write a PixArtAlphaPipeline folder with the LoRA merged into the weights; `pipeline` keeps them merged.
 
@@ -243,10 +263,9 @@ def merge(pipeline, folder: Path) -> None:
     parts = {name: getattr(pipeline, name) for name in PARTS}
     for name in ("text_encoder", "vae", "transformer"):
         model: nn.Module = parts[name]
-        for place, layer in [*model.named_modules()]:
-            if isinstance(layer, LoraLayer):
-                layer.merge(safe_merge=True)
-                model.set_submodule(place, layer.get_base_layer())
+        for place, layer in _layers(model):
+            layer.merge(safe_merge=True)
+            model.set_submodule(place, layer.get_base_layer())
         nn.Module.to(model, stored_dtype(model, name))  # diffusers' own warns of modules that PixArt has not
     PixArtAlphaPipeline(**parts).save_pretrained(folder)
     config = folder / "text_encoder" / "config.json"
