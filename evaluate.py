@@ -33,6 +33,7 @@ from medart_core.evaluation.images import ImageSet
 from medart_core.evaluation.inception import BY_HAND, RESIZE, Inception
 from medart_core.evaluation.measured import needs_spare
 from medart_core.evaluation.reidentification import patients_of
+from medart_core.options import Parser
 from medart_core.prepared import RECORD
 
 ROOT = Path(__file__).resolve().parent
@@ -40,12 +41,10 @@ CACHE = ROOT / "dataset" / ".features"
 
 
 def parse_options() -> argparse.Namespace:
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Parser(add_help=False)
     shared.add_argument("--inception", type=Path, metavar="FILE", help="FID's network (default: prepare.py's)")
     shared.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="features are kept here by content")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[shared]
-    )
+    parser = Parser(description=__doc__, parents=[shared])
     what = parser.add_argument_group("what is measured")
     what.add_argument("--generated", type=Path, metavar="PATH", help="folder, or .npz with arr_0")
     what.add_argument("--real", type=Path, metavar="DIR", help="held-out real images, such as the split test/")

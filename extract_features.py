@@ -21,10 +21,11 @@ from tqdm import tqdm
 from medart_core import feature_store, labelled_images, latents, pretrained, stopping
 from medart_core.dit_data import DEFAULT_FEATURES
 from medart_core.errors import UserError, exit_codes
+from medart_core.options import Parser
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--data-path", type=Path, required=True, metavar="DIR", help="labelled images")
     place = {"type": Path, "default": DEFAULT_FEATURES, "metavar": "DIR"}
     parser.add_argument("--features-path", "--feature-path", **place, help="new folder (default: features)")

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from medart_core import labelled_sets, packaged_sets, prepared, sources
 from medart_core.errors import UserError, exit_codes
+from medart_core.options import Parser
 from medart_core.prepared import Picture
 
 ROOT = Path(__file__).resolve().parent
@@ -40,10 +41,10 @@ ON_DISK = {
 
 
 def parse_options() -> argparse.Namespace:
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     common.add_argument("--root", type=Path, default=ROOT / "dataset", help="where the set's folder is made")
     common.add_argument("--seed", type=int, default=0, help="of the split")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.set_defaults(path=None, csv=None, group_pattern=None)
     sets = parser.add_subparsers(dest="set", required=True, metavar=" | ".join([*PACKAGED, *ON_DISK, "inception"]))
     for name, (_, caption) in PACKAGED.items():

@@ -26,6 +26,7 @@ from medart_core import devices, dit_checkpoint, dit_sampling, lora_file, pretra
 from medart_core.checkpoint import FINISHED
 from medart_core.errors import UserError, exit_codes
 from medart_core.medart_options import image_sides, resolution
+from medart_core.options import Parser
 from medart_core.pictures import image_grid
 from medart_core.sampling import sample_images
 from medart_core.text import MAX_TOKENS
@@ -38,7 +39,7 @@ NANO_PROMPTS = ["a photo of a flower", "a photo of a ship", "a photo of a horse"
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--prompt", action="append", metavar="TEXT", help="a prompt; repeatable")
     what.add_argument("--prompts", type=Path, metavar="FILE", help="text file with one prompt per line")
@@ -71,10 +72,9 @@ def parse_options() -> argparse.Namespace:
     )
     model.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on CUDA")
     add_sampler(parser)
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="new folder (default: the next free results/sample-NNN)"
-    )
-    parser.add_argument(
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, metavar="DIR", help="new folder (default: next free results/sample-NNN)")
+    output.add_argument(
         "--merge", type=Path, metavar="DIR", help="draw nothing: write the model with the LoRA merged to a new folder"
     )
     options = parser.parse_args()

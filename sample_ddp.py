@@ -34,12 +34,13 @@ from medart_core import (
 )
 from medart_core.errors import UserError, exit_codes
 from medart_core.many_samples import SampleStore, fingerprint
+from medart_core.options import Parser
 from medart_core.text import MAX_TOKENS
 from models import DiT_models
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N", help="images (default: 50000)")
     what.add_argument("--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")

@@ -13,15 +13,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from medart_core import lora_file, model_card, tuned_model
+from medart_core import checkpoint, lora_file, model_card, tuned_model
 from medart_core.errors import UserError, exit_codes
+from medart_core.options import Parser
 
 ROOT = Path(__file__).resolve().parent
 COMFYUI, GRID = "comfyui.safetensors", "samples.png"
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     what = parser.add_argument_group("what is shared")
     what.add_argument("lora", type=Path, metavar="LORA", help="output folder of medart.py, a checkpoint, or a file")
     what.add_argument("--title", help="of the card (default: the folder's name)")
@@ -98,7 +99,8 @@ def main() -> None:
     out = options.out or ROOT / "results" / f"shared-{name}"
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError(f"{out} is not an empty folder; choose another --out, or remove it")
-    write_folder(options, out)
+    with checkpoint.disk_faults(out, "remove what is there"):
+        write_folder(options, out)
     for file in sorted(out.iterdir()):
         print(f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
     if not options.push_to_hub:

@@ -111,7 +111,7 @@ def read(file: Path) -> Weights:
         with torch.serialization.safe_globals([(SimpleNamespace, "argparse.Namespace")]):
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # of a damaged file torch and pickle raise nearly anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].partition(". ")[0]
         raise UserError(f"{file} cannot be read as weights ({reason}); copy or download it again") from error
     if not isinstance(content, Mapping):
         raise UserError(f"{file} holds no weights but a {type(content).__name__}; give the .pt file of a DiT")

@@ -23,5 +23,5 @@ def exit_codes(*others: type[Exception]) -> Iterator[None]:
         print(f"error: {message}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        print("\ninterrupted", file=sys.stderr, flush=True)
         sys.exit(130)

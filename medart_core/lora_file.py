@@ -224,7 +224,7 @@ def apply(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> None:
             result = set_peft_model_state_dict(wrapper, tensors)
             unread = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
         except (RuntimeError, ValueError) as error:  # other shapes, or none of the layers
-            unread = [str(error).splitlines()[-1].strip()]
+            unread = [str(error).splitlines()[-1].strip().rstrip(".")]
         if unread:
             raise UserError(f"the LoRA does not belong to this {part}: {unread[0]}; use the model it was made for")
         for layer in model.modules():

@@ -79,6 +79,8 @@ def read_table(file: Path, column: str, remedy: str, what: str = "caption") -> l
     for name in ("file_name", column):
         if columns.count(name) != 1:
             fault = "no column" if name not in columns else "more than one column"
+            if len(columns) == 1 and (other := next((sign for sign in ";\t" if sign in columns[0]), None)):
+                remedy = f"save it with commas between the columns instead of {other!r}"
             raise UserError(f"{file} has {fault} {name!r} (there are: {', '.join(columns)}); {remedy}")
     seen: dict[Path, int] = {}
     problems = []

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import json
 import sys
 import tomllib
@@ -15,6 +16,24 @@ from medart_core.errors import UserError
 
 # What options.json keeps besides the options: where the run was made.
 OF_THE_MACHINE = ("precision", "num_processes")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that complains in one line, and takes no shortened names, for a typing error would pass for one."""
+
+    def __init__(self, **settings: typing.Any) -> None:
+        super().__init__(
+            **{"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False, **settings}
+        )
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise UserError, with the option that was meant where it is easily guessed."""
+        unknown = message.removeprefix("unrecognized arguments: ").split()[0].partition("=")[0]
+        known = {flag.replace("_", "-"): flag for flag in self._option_string_actions}
+        near = difflib.get_close_matches(unknown.replace("_", "-"), known, n=1)
+        if message.startswith("unrecognized arguments: ") and near:
+            message = f"there is no option {unknown}, perhaps {known[near[0]]} is meant"
+        raise UserError(f"{message}; --help lists all options")
 
 
 def option(
@@ -78,7 +97,7 @@ def parse(
     `presets` gives the defaults that a value of the option `preset_option` stands for, `preset` is that value when
     none is given. `aliases` are other names of options.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=description)
     help = "options from a .toml or .json file, such as a run's options.json; --no_NAME switches off what it has on"
     parser.add_argument("--config", type=Path, metavar="FILE", default=argparse.SUPPRESS, help=help)
     add_options(parser, options_type)

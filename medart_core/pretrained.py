@@ -128,10 +128,12 @@ def load(
         raise
     except Exception as error:  # of a dozen types, for the libraries meet damaged and foreign files in their own ways
         first_line = (str(error).strip() or "a file is empty").splitlines()[0].rstrip(".")
-        raise UserError(
-            f"cannot load {path}: {first_line}. Download it where there is a network "
-            f"(hf download {path}) and give the folder, or set HF_HOME to a cache that has it"
-        ) from error
+        remedy = (
+            f"Download it where there is a network (hf download {path}) and give the folder, or set HF_HOME to a cache"
+        )
+        if Path(path).is_dir():
+            remedy = "The folder is not whole: copy or download it again"
+        raise UserError(f"cannot load {path}: {first_line}. {remedy}") from error
     for part in (parts.vae, parts.transformer):
         part.to(device)
     for part in (parts.text_encoder, parts.vae, parts.transformer):

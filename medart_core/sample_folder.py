@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from medart_core import checkpoint
 from medart_core.errors import UserError
 
 TABLE = "samples.csv"
@@ -25,14 +26,15 @@ def choose(out: Path | None, results: Path) -> Path:
 
 def write(folder: Path, images: Iterable[Tensor], rows: Sequence[Mapping[str, Any]]) -> list[Image.Image]:
     """Save (H, W, 3) uint8 images as they come, image n as <n>.png with row n of the table; returns them."""
-    folder.mkdir(parents=True, exist_ok=True)
     pictures = []
-    with open(folder / TABLE, "w", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, ["file_name", *rows[0]])
-        table.writeheader()
-        for number, (row, image) in enumerate(zip(rows, tqdm(images, "sampling", len(rows)), strict=True)):
-            name = f"{number:06d}.png"
-            pictures.append(Image.fromarray(image.numpy()))
-            pictures[-1].save(folder / name)
-            table.writerow({"file_name": name, **row})
+    with checkpoint.disk_faults(folder, "remove what is there"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / TABLE, "w", newline="", encoding="utf-8") as file:
+            table = csv.DictWriter(file, ["file_name", *rows[0]])
+            table.writeheader()
+            for number, (row, image) in enumerate(zip(rows, tqdm(images, "sampling", len(rows)), strict=True)):
+                name = f"{number:06d}.png"
+                pictures.append(Image.fromarray(image.numpy()))
+                pictures[-1].save(folder / name)
+                table.writerow({"file_name": name, **row})
     return pictures

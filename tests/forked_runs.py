@@ -99,12 +99,13 @@ def start_script(
 
 
 def _run(environment: dict[str, str], file: str, script: str, arguments: list[str], prepare: list[Any]) -> None:
+    from llava_next_captioner.engines import CaptionerError
     from medart_core.errors import exit_codes
 
     enter(environment, file, [f"{script}.py", *arguments])
     for call in prepare:
         call()
-    with exit_codes():
+    with exit_codes(CaptionerError):
         sys.exit(importlib.import_module(script).main())
 
 

@@ -95,11 +95,20 @@ def test_a_faulty_file_is_named(tmp_path, name, text, message):
         parse(f"--config={tmp_path / name}")
 
 
-def test_a_value_of_a_wrong_type_in_a_file_is_an_error(tmp_path, capsys):
+def test_a_value_of_a_wrong_type_in_a_file_is_an_error(tmp_path):
     (tmp_path / "a.json").write_text('{"rank": "many"}')
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=r"--rank: invalid int value: 'many'; --help"):
         parse(f"--config={tmp_path / 'a.json'}")
-    assert "--rank" in capsys.readouterr().err
+
+
+def test_names_are_never_shortened_and_misspelt_ones_are_guessed():
+    for wrong in ("--learning_rat=1", "--learning-rat", "--learnin_rate"):
+        with pytest.raises(
+            UserError, match=r"there is no option --learni\S+, perhaps --learning_rate is meant; --help"
+        ):
+            parse(wrong, "1")
+    with pytest.raises(UserError, match="unrecognized arguments: --zzz; --help"):
+        parse("--zzz")
 
 
 def test_resolution_is_a_side_or_height_x_width():

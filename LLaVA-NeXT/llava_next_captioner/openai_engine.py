@@ -117,7 +117,8 @@ class OpenAIEngine:
             if isinstance(cause, TimeoutError):
                 raise _Failed(f"no answer within {self.timeout:g} s from {self.address}") from None
             raise _Failed(
-                f"{self.address} cannot be reached: {_one_line(str(cause) or type(cause).__name__)}"
+                f"{self.address} cannot be reached ({_one_line(str(cause) or type(cause).__name__)}); "
+                "start the server, or correct its address"
             ) from None
 
 

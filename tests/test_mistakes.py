@@ -1,0 +1,223 @@
+"""Mistakes that newcomers make: each ends on one clear line, the one that docs/troubleshooting.md shows."""
+
+import importlib
+import os
+import re
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from forked_runs import exit_codes, start_script
+from PIL import Image
+from test_lora_file import write_run
+
+from models import DiT_models
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "troubleshooting.md"
+
+
+class Mistake(NamedTuple):
+    """A row of the page's table: FOLDER stands for `place`."""
+
+    title: str
+    command: str
+    printed: str  # ... for what differs from machine to machine
+    code: int
+
+
+def read_table() -> list[Mistake]:
+    rows = re.findall(r"^\| ([^|]+) \| `([^`]+)` \| `(.+)` \| (\d+) \|$", PAGE.read_text("utf-8"), flags=re.MULTILINE)
+    return [Mistake(title, command, printed, int(code)) for title, command, printed, code in rows]
+
+
+def small_disk(limit: int) -> None:
+    """No file can grow beyond so many bytes, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+
+def launch_with(precision: str) -> None:
+    """What accelerate's launcher tells a script."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+
+
+def interrupt_in(module: str, name: str) -> None:
+    """Where the work is done sooner than a signal comes: Ctrl-C as Python sees it, in a function."""
+
+    def interrupted(*_arguments: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    setattr(importlib.import_module(module), name, interrupted)
+
+
+MISTAKES = {mistake.title: mistake for mistake in read_table()}
+BEFORE: dict[str, tuple] = {
+    "a full disk while training": (small_disk, 20_000),
+    "a full disk while preparing": (small_disk, 2_000),
+    "fp16, in which T5 overflows": (launch_with, "fp16"),
+}
+STAGES: dict[str, str | tuple[str, str]] = {  # what to wait for, or where the interruption comes from
+    "training": r"medart: +0%\|[^|]*\| [1-9]",
+    "describing": r" [1-9]/12 ",
+    "training DiT": r"DiT-S/8: +0%\|[^|]*\| [1-9]",
+    "sampling": r"sampling: +0%",
+    "sampling many": r"sampling: +0%",
+    "preparing": ("medart_core.prepared", "_write_split"),
+    "encoding": ("extract_features", "encode"),
+    "measuring": ("evaluate", "read_sets"),
+}
+LONG = ("describing", "training DiT", "sampling many")
+FOR_SPEED = {  # before the arguments of the table, which count as they come last
+    "medart": "--pretrained_model_name_or_path {tiny} --report_to none --num_validation_images 0 --M_times 1 "
+    "--max_train_steps 1 --output_dir {place}/new",
+    "VSG": "--picture {place}/captions.png",
+    "train": "--model DiT-S/8",
+    "sample": "--out {place}/new-samples",
+    "sample_ddp": "--sample-dir {place}/new-samples",
+    "share": "--out {place}/new-share",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, x_rays, tiny_pixart) -> Path:
+    """What the commands are given; its path has spaces."""
+    folder = tmp_path_factory.mktemp("my files")
+    images = sorted(x_rays.glob("*.jpeg"))
+
+    def make_set(name: str, rows: list[str], encoding: str = "utf-8", header: str = "file_name,text") -> Path:
+        (folder / name).mkdir()
+        for image in images:
+            shutil.copy(image, folder / name)
+        (folder / name / "metadata.csv").write_bytes("\r\n".join([header, *rows, ""]).encode(encoding))
+        return folder / name
+
+    shutil.copytree(x_rays, folder / "set")
+    shutil.copy(folder / "set" / "metadata.csv", folder / "set" / "raw.csv")
+    (make_set("bare", []) / "metadata.csv").unlink()
+    make_set("semicolons", [f"{image.name};a chest X-ray" for image in images], header="file_name;text")
+    make_set("commas", [f"{image.name},a chest X-ray, hazy" for image in images])
+    make_set("latin", [f"{image.name},Röntgenbild" for image in images], "latin-1")
+    make_set("missing", [f"{image.name},a chest X-ray" for image in images] + ["gone.jpeg,a chest X-ray"])
+    unreadable = make_set("unreadable", [f"{image.name},a chest X-ray" for image in images])
+    (unreadable / images[3].name).write_bytes(images[3].read_bytes()[:600])
+    endoscopy = make_set("endoscopy", [f"{image.name},An endoscopic image of polyps" for image in images])
+    (endoscopy / "metadata.csv").rename(endoscopy / "raw.csv")
+    for number, image in enumerate(images):
+        (folder / "classes" / f"class-{number % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, folder / "classes" / f"class-{number % 2}")
+    shutil.make_archive(str(folder / "whole"), "zip", folder / "classes")
+    half(folder / "whole.zip", folder / "half.zip")
+
+    shutil.copytree(tiny_pixart, folder / "half-model")
+    [weights] = (folder / "half-model" / "transformer").glob("*.safetensors")
+    half(weights, weights)
+    write_run(folder / "lora", tiny_pixart)
+    half(folder / "lora" / "transformer_lora" / "adapter_model.safetensors", folder / "half.safetensors")
+    from safetensors.torch import save_file
+
+    save_file(
+        {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(4, 4)}, folder / "sd.safetensors"
+    )
+    model = DiT_models["DiT-S/8"](input_size=8, num_classes=3)
+    args = {"model": "DiT-S/8", "image_size": 64, "num_classes": 3, "class_names": ["a", "b", "lungs"], "vae": "nano"}
+    torch.save({"ema": model.state_dict(), "args": args}, folder / "dit.pt")
+    half(folder / "dit.pt", folder / "half.pt")
+    for side in (32, 64):
+        np.savez(folder / f"{side}.npz", arr_0=np.zeros((4, side, side, 3), np.uint8))
+    (folder / "mixed").mkdir()
+    for side in (32, 64):
+        Image.new("RGB", (side, side)).save(folder / "mixed" / f"{side}.png")
+    (folder / "samples").mkdir()
+    (folder / "samples" / "samples.csv").touch()
+    np.savez(folder / "empty.npz", labels=np.zeros(4))
+    finish = "python medart.py --dataset_name FOLDER/set --output_dir FOLDER/finished"
+    assert call(finish, folder, tiny_pixart)[0] == 0, (folder / "log.0").read_text()
+    return folder
+
+
+def half(source: Path, target: Path) -> None:
+    content = source.read_bytes()
+    target.write_bytes(content[: len(content) // 2])
+
+
+def start(command: str, place: Path, tiny: Path, before: tuple | None = None, log: str = "log") -> list[Any]:
+    """Start a command of the page; what it says is in `place`/`log`.0."""
+    script, *given = command.partition(".py")[0].split()[-1:] + command.partition(".py")[2].split()
+    arguments = [word.format(tiny=tiny, place=place) for word in FOR_SPEED.get(script, "").split()]
+    if script == "medart" and "--learning_rat" not in given:
+        arguments += ["--resolution", "32"]
+    arguments += [word.replace("FOLDER", str(place)) for word in given]
+    return start_script(script, arguments, place / log, 1, [before] if before else [])
+
+
+def said_in(place: Path, log: str = "log") -> str:
+    said = (place / f"{log}.0").read_text("utf-8", "replace")
+    return said.replace(str(place), "FOLDER").replace(str(ROOT), "ROOT").strip()
+
+
+def call(command: str, place: Path, tiny: Path, before: tuple | None = None) -> tuple[int, str]:
+    [code] = exit_codes(start(command, place, tiny, before))
+    return code, said_in(place)
+
+
+def check(mistake: Mistake, code: int, said: str) -> None:
+    assert "Traceback" not in said, said
+    pattern = ".*".join(map(re.escape, mistake.printed.split("...")))
+    lines = re.split(r"[\r\n]+", said)
+    lines = lines if mistake.code == 130 else lines[-1:]  # at the very end bars may say how far they came
+    assert code == mistake.code and any(re.fullmatch(pattern, line) for line in lines), said
+
+
+@pytest.mark.parametrize("title", [title for title in MISTAKES if "Ctrl-C" not in title and "two runs" not in title])
+def test_mistake(title, place, tiny_pixart, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    check(MISTAKES[title], *call(MISTAKES[title].command, place, tiny_pixart, BEFORE.get(title)))
+
+
+def wait_for(pattern: str, place: Path, log: str) -> None:
+    until = time.monotonic() + 200
+    while not re.search(pattern, said_in(place, log)):
+        assert time.monotonic() < until, said_in(place, log)
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("what", "sign"),
+    [pytest.param(*stage, marks=pytest.mark.slow if stage[0] in LONG else ()) for stage in STAGES.items()],
+)
+def test_interruption(what, sign, place, tiny_pixart):
+    """At each stage; and a second run finds the folder taken."""
+    mistake, log = MISTAKES[f"Ctrl-C while {what}"], f"log of {what}"
+    (place / f"{log}.0").touch()
+    before = (interrupt_in, *sign) if isinstance(sign, tuple) else None
+    started = start(mistake.command, place, tiny_pixart, before, log)
+    if isinstance(sign, str):
+        wait_for(sign, place, log)
+        if what == "training":
+            other = MISTAKES["two runs in one folder at once"]
+            check(other, *call(other.command, place, tiny_pixart))
+        os.kill(started[0].pid, signal.SIGINT)
+    [code] = exit_codes(started)
+    check(mistake, code, said_in(place, log))
+    if what == "preparing":
+        assert not any((place / "prepared").iterdir())
+
+
+def test_no_mistakes(place, tiny_pixart, monkeypatch):
+    """A BOM, Windows line ends, a path with a space, another working directory, a set that is prepared already."""
+    table = place / "set" / "metadata.csv"
+    monkeypatch.chdir(place)
+    content = table.read_text("utf-8").splitlines()
+    table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*content, ""]).encode())
+    command = "python medart.py --dataset_name FOLDER/set --output_dir FOLDER/windows"
+    assert call(command, place, tiny_pixart)[0] == 0, said_in(place)
+    for words in ("12 images", "is already prepared"):
+        code, said = call("python prepare.py folder FOLDER/classes --root FOLDER/twice", place, tiny_pixart)
+        assert code == 0 and (words == "12 images" or words in said), said
