@@ -156,7 +156,7 @@ def build_page(options: argparse.Namespace, folder: Path, studio: Future, captio
     from medart_core import app_desk, app_page
 
     labels = {domain: classes for domain, (_, classes) in CAPTIONS.items()}
-    root = Root(options.root.resolve())
+    root = Root(options.root.resolve(), "" if options.root == ROOT else str(options.root))
     outbox = Outbox(folder / "taken-away")
     desk = app_desk.Desk(root, outbox, studio, captioner, options.model or BUNDLED, labels)
     handlers = app_desk.told(desk, (UserError, engines.CaptionerError))

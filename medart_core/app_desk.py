@@ -16,7 +16,7 @@ from PIL import Image
 
 from medart_core import app_page
 from medart_core.app_jobs import Job, Jobs, Outbox, Stopped
-from medart_core.app_orders import SEEDS, DiTOrder, PixArtOrder, text_within, within
+from medart_core.app_orders import MOST_MODELS, SEEDS, DiTOrder, PixArtOrder, text_within, within
 from medart_core.app_root import Lora, Root
 from medart_core.errors import UserError
 from medart_core.images import open_image
@@ -80,7 +80,7 @@ class Desk:
         now = self.lists()
         return (
             gr.update(choices=now.models),
-            gr.update(choices=now.checkpoints, value=next(iter(now.checkpoints), None)),
+            gr.update(choices=now.checkpoints, value=now.checkpoints[0][1] if now.checkpoints else None),
             gr.update(visible=not now.checkpoints),
             gr.update(visible=bool(now.checkpoints)),
             gr.update(choices=now.folders),
@@ -110,33 +110,29 @@ class Desk:
     def generate(self, prompt, negative, models, seed, steps, cfg, size, strength,
                  request: gr.Request, progress=gr.Progress()) -> Iterator[tuple[Any, ...]]:  # fmt: skip  # noqa: B008
         """A picture of each model, from the same noise."""
-        studio = self.studio.result()
+        studio = _loaded(self.studio, progress)
         order = PixArtOrder.checked(prompt, negative, seed, steps, cfg, size, strength, sizes=studio.sizes)
         chosen = self._chosen(models)
-        job = self.jobs.begin(request.session_hash, len(chosen) * order.steps, progress)
-        pictures: dict[str, Image.Image] = {}
-        made: list[dict[str, Any]] = []
-        try:
-            for title, lora in chosen:
-                folder = self.root.folder(lora) if lora else None
-                pictures[title] = studio.draw(order, folder, lambda title=title: job.step(title))
-                made.append({"title": title, "lora": lora, "command": order.command(studio.pixart.name, lora)})
-                yield self._drawn(job, pictures)
-        except Stopped as reason:
-            yield self._drawn(job, pictures, f"Not finished: {reason}.")
-            return
+        folders = {title: self.root.folder(lora) if lora else None for title, lora in chosen}
+        commands = {
+            title: order.command(studio.pixart.name, self.root.told(lora) if lora else None) for title, lora in chosen
+        }
+        job = self.jobs.begin(request.session_hash, len(folders) * order.steps, progress)
+        drawn = (
+            (title, studio.draw(order, folder, lambda title=title: job.step(title)))
+            for title, folder in folders.items()
+        )
         left_out = studio.left_out(order.prompt)
         note = f" The last {left_out} tokens of the prompt were left out: the model reads 120." if left_out else ""
-        facts = {"model": studio.pixart.name, **asdict(order), "pictures": made}
-        yield self._finished(job, f"seed-{order.seed}", pictures, facts, note)
+        facts = {"model": studio.pixart.name, **asdict(order), "commands": commands}
+        yield from self._draw(job, drawn, f"medart-seed-{order.seed}", facts, MOST_MODELS, note)
 
     def _chosen(self, models: Sequence[str] | None) -> list[tuple[str, str | None]]:
         """Titles and names of the LoRAs asked for, the base model's name None."""
+        if not models or len(models) > MOST_MODELS:
+            raise UserError(f"{len(models or ())} models are chosen; choose 1 to {MOST_MODELS}")
         known = {lora.name: lora for lora in self.loras()}
-        if not models:
-            raise UserError("no model is chosen; choose one at least")
         if unknown := [name for name in models if name != BASE and name not in known]:
-            self.root.inside(unknown[0])
             raise UserError(f"there is no LoRA {unknown[0]!r}; choose from the list")
         return [(BASE, None) if name == BASE else (known[name].title, name) for name in models]
 
@@ -150,32 +146,32 @@ class Desk:
     def draw_class(self, ckpt, label, seed, steps, cfg, images, guided_channels,
                    request: gr.Request, progress=gr.Progress()) -> Iterator[tuple[Any, ...]]:  # fmt: skip  # noqa: B008
         """Pictures of a class, as they come."""
-        studio, file = self.studio.result(), self.root.checkpoint(ckpt)
+        file, studio = self.root.checkpoint(ckpt), _loaded(self.studio, progress)
         labels = studio.dit(file).labels
         order = DiTOrder.checked(label, seed, steps, cfg, images, guided_channels, labels=labels)
         job = self.jobs.begin(request.session_hash, order.images * order.steps, progress)
+        pictures = studio.draw_class(order, file, lambda: job.step(order.label))
+        drawn = ((f"{order.label}, {number}", picture) for number, picture in enumerate(pictures, 1))
+        facts = {"checkpoint": ckpt, **asdict(order), "command": order.command(self.root.told(ckpt))}
+        yield from self._draw(job, drawn, f"medart-class-seed-{order.seed}", facts, columns=2)
+
+    def _draw(self, job: Job, drawn: Iterator[tuple[str, Image.Image]], name: str, facts: Mapping[str, Any],
+              columns: int, note: str = "") -> Iterator[tuple[Any, ...]]:  # fmt: skip
+        """Show pictures as they come; when all are there, let them be taken away with the facts that made them."""
         pictures: dict[str, Image.Image] = {}
         try:
-            for number, picture in enumerate(studio.draw_class(order, file, lambda: job.step(order.label))):
-                pictures[f"{order.label}, {number + 1}"] = picture
-                yield self._drawn(job, pictures)
+            for title, picture in drawn:
+                pictures[title] = picture
+                said = f"{len(pictures)} drawn, {job.done} of {job.total} steps."
+                yield said, app_page.figures(pictures.items(), columns), SKIPPED, SKIPPED, SKIPPED
         except Stopped as reason:
-            yield self._drawn(job, pictures, f"Not finished: {reason}.")
+            yield f"Not finished: {reason}.", SKIPPED, SKIPPED, SKIPPED, SKIPPED
             return
-        facts = {"checkpoint": ckpt, **asdict(order), "command": order.command(ckpt)}
-        yield self._finished(job, f"class-seed-{order.seed}", pictures, facts)
-
-    def _drawn(self, job: Job, pictures: Mapping[str, Image.Image], say: str = "") -> tuple[Any, ...]:
-        said = say or f"{len(pictures)} drawn, {job.done} of {job.total} steps."
-        return said, app_page.figures(pictures.items()), SKIPPED, SKIPPED, SKIPPED
-
-    def _finished(self, job: Job, name: str, pictures: Mapping[str, Image.Image], facts: Mapping[str, Any],
-                  note: str = "") -> tuple[Any, ...]:  # fmt: skip
         versions = {package: version(package) for package in ("torch", "diffusers", "transformers", "peft")}
-        kept = self.outbox.keep(f"medart-{name}", pictures, {**facts, "versions": versions, "not_for": "diagnosis"})
-        return (
+        kept = self.outbox.keep(name, pictures, {**facts, "versions": versions, "not_for": "diagnosis"})
+        yield (
             f"Drawn in {job.seconds:.1f} seconds.{note}",
-            app_page.figures(pictures.items()),
+            app_page.figures(pictures.items(), columns),
             gr.update(value=str(kept.picture), interactive=True),
             gr.update(value=str(kept.settings), interactive=True),
             kept.settings.read_text("utf-8"),
@@ -199,7 +195,7 @@ class Desk:
         if not label or len(label) > 80:
             raise UserError("the class is empty or longer than 80 characters; choose one, or write it in a few words")
         seed = int(within("the seed", seed, SEEDS))
-        captioner = self.captioner.result()
+        captioner = _loaded(self.captioner, progress)
         job = self.jobs.begin(request.session_hash, 1, progress)
         tried: list[Said] = []
         try:
@@ -229,7 +225,7 @@ class Desk:
         return (
             opened.figures,
             gr.update(value=table, visible=len(opened.curves) > 0),
-            app_page.figures(opened.pictures, wide=True),
+            app_page.figures(opened.pictures, columns=1),
         )
 
 
@@ -250,6 +246,13 @@ def told(desk: Desk, errors: tuple[type[Exception], ...]) -> app_page.Handlers:
         return shown
 
     return app_page.Handlers(**{field.name: telling(getattr(desk, field.name)) for field in fields(app_page.Handlers)})
+
+
+def _loaded(model: Future[Any], progress: Callable[..., Any]) -> Any:
+    """The model, when it is there; what could not be loaded raises again."""
+    if not model.done():
+        progress(0, "the models are being loaded")
+    return model.result()
 
 
 def _table(curves: Sequence[tuple[int, str, float]]) -> Any:

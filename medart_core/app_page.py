@@ -33,8 +33,8 @@ CSS = """
 .figures table {font-variant-numeric: tabular-nums}
 .nothing {border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 3.5rem 1rem; text-align: center;
   color: var(--body-text-color-subdued)}
-.pictures {display: grid; grid-template-columns: repeat(auto-fit, minmax(100px, 1fr)); gap: .7rem}
-.pictures.wide {grid-template-columns: 1fr}
+.gradio-container .html-container {padding: 0}
+.pictures {display: grid; gap: .7rem}
 .pictures figure {margin: 0}
 .pictures img {width: 100%; border-radius: 6px; display: block}
 .pictures figcaption {font-size: .85rem; line-height: 1.3; padding: .3rem 0; overflow-wrap: anywhere;
@@ -73,8 +73,8 @@ class Handlers:
     leave: Callable[..., Any]  # the page is closed
 
 
-def figures(pictures: Iterable[tuple[str, Image.Image]], wide: bool = False) -> str:
-    """Pictures with their titles below, side by side or, if `wide`, below each other; they travel in the page."""
+def figures(pictures: Iterable[tuple[str, Image.Image]], columns: int) -> str:
+    """Pictures with their titles below, so many side by side; they travel in the page, as PNG."""
     found = []
     for title, picture in pictures:
         content = io.BytesIO()
@@ -82,7 +82,8 @@ def figures(pictures: Iterable[tuple[str, Image.Image]], wide: bool = False) -> 
         source = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
         shown = html.escape(title)
         found.append(f'<figure><img src="{source}" alt="{shown}"><figcaption>{shown}</figcaption></figure>')
-    return f'<div class="pictures{" wide" if wide else ""}">{"".join(found)}</div>'
+    columns = min(columns, len(found))
+    return f'<div class="pictures" style="grid-template-columns: repeat({columns}, 1fr)">{"".join(found)}</div>'
 
 
 def attempts(tried: Sequence[tuple[str, str, Sequence[str]]], checks: Mapping[str, str]) -> str:
@@ -103,11 +104,11 @@ def attempts(tried: Sequence[tuple[str, str, Sequence[str]]], checks: Mapping[st
 
 @dataclass(frozen=True)
 class Lists:
-    """What lies in the folder: models as (title, name), the names of the first ones, checkpoints, folders to open."""
+    """What lies in the folder: models and checkpoints as (title, name), the names of the first models, folders."""
 
     models: Sequence[tuple[str, str]]
     chosen: Sequence[str]
-    checkpoints: Sequence[str]
+    checkpoints: Sequence[tuple[str, str]]
     folders: Sequence[str]
 
 
@@ -174,11 +175,11 @@ def _number(label: str, bounds: tuple[float, float], value: float, **settings: A
                      **settings)  # fmt: skip
 
 
-def _seed_steps_guidance(steps: tuple[int, int], default: int, guidance: float) -> list[Any]:
+def _seed_steps_guidance(name: str, steps: tuple[int, int], default: int, guidance: float) -> list[Any]:
     with gr.Row():
         return [
             _number("Seed", orders.SEEDS, 0),
-            _number(f"Steps, {steps[0]} to {steps[1]}", steps, default),
+            _number(f"Steps, {steps[0]} to {steps[1]}", steps, default, elem_id=f"{name}-steps"),
             _number(f"Guidance, {orders.GUIDANCE[0]:g} to {orders.GUIDANCE[1]:g}", orders.GUIDANCE, guidance),
         ]
 
@@ -189,12 +190,11 @@ def _generate(handlers: Handlers, offers: Offers) -> tuple[gr.Dropdown, gr.Slide
             prompt = gr.Textbox(
                 offers.prompts[0], label="Prompt", lines=3, max_length=orders.MOST_CHARACTERS, elem_id="prompt"
             )
-            gr.Examples([[text] for text in offers.prompts], prompt, label="Examples")
             models = gr.Dropdown(
                 [*offers.lists.models], value=[*offers.lists.chosen], multiselect=True, max_choices=orders.MOST_MODELS,
                 label="Models, side by side from the same noise", elem_id="models",
             )  # fmt: skip
-            numbers = _seed_steps_guidance(orders.STEPS, 20, 4.5)
+            numbers = _seed_steps_guidance("generate", orders.STEPS, 20, 4.5)
             with gr.Accordion("More", open=False):
                 strength = gr.Slider(*orders.STRENGTH, value=1, step=0.05, label="Strength of the LoRA")
                 negative = gr.Textbox(label="Negative prompt", max_length=orders.MOST_CHARACTERS)
@@ -202,6 +202,7 @@ def _generate(handlers: Handlers, offers: Offers) -> tuple[gr.Dropdown, gr.Slide
             buttons = gr.Column()
         with gr.Column(scale=6, min_width=320):
             pictures, files = _shown("generate")
+            gr.Examples([[text] for text in offers.prompts], prompt, label="Examples of prompts", elem_id="examples")
     with buttons:
         inputs = [prompt, negative, models, *numbers, size, strength]
         said = _run_and_stop(handlers, "generate", handlers.generate, "Generate", inputs, [pictures, *files])
@@ -214,8 +215,8 @@ def _classes(handlers: Handlers, tab: gr.Tab) -> list[Any]:
         with gr.Column(scale=5, min_width=320):
             ckpt = gr.Dropdown(label="Checkpoint", elem_id="ckpt")
             label = gr.Dropdown(label="Class", elem_id="class")
-            numbers = _seed_steps_guidance(orders.DIT_STEPS, 25, 2.0)
-            images = gr.Slider(1, orders.MOST_IMAGES, value=orders.MOST_IMAGES, step=1, label="Images")
+            numbers = _seed_steps_guidance("classes", orders.DIT_STEPS, 25, 2.0)
+            images = _number(f"Images, 1 to {orders.MOST_IMAGES}", (1, orders.MOST_IMAGES), orders.MOST_IMAGES)
             with gr.Accordion("More", open=False):
                 guided = gr.Radio([3, 4], value=4, label="Guided channels of the noise",
                                   info="3 is how the published DiT-XL/2 was measured.")  # fmt: skip

@@ -35,9 +35,17 @@ class Lora(NamedTuple):
 
 @dataclass(frozen=True)
 class Root:
-    """A folder, and the paths in it by their names from there; `path` is absolute and without links."""
+    """A folder, and the paths in it by their names from there.
+
+    `path` is absolute and without links; `given` is how it was named, "" for the project's own, to repeat commands.
+    """
 
     path: Path
+    given: str = ""
+
+    def told(self, name: str) -> str:
+        """How a command in the project's folder names what lies here."""
+        return f"{self.given}/{name}" if self.given else name
 
     def inside(self, name: str | Path) -> Path:
         """The path that `name` means, all links followed.
@@ -90,11 +98,13 @@ class Root:
                 found.append(Lora(self._name(folder), not facts.get("no_hldf"), facts.get("step"), prompts, base))
         return sorted(found, key=lambda lora: (lora.hldf, lora.name))
 
-    def checkpoints(self) -> list[str]:
-        """The newest DiT checkpoint of each run of train.py."""
+    def checkpoints(self) -> list[tuple[str, str]]:
+        """Title and name of the newest DiT checkpoint of each run of train.py."""
         runs = [folder for folder in self._folders() if (folder / numbered_runs.FOLDER).is_dir()]
+        newest = [(run, steps[-1]) for run in runs if (steps := numbered_runs.steps(run))]
         return [
-            self._name(numbered_runs.file_of(run, steps[-1])) for run in runs if (steps := numbered_runs.steps(run))
+            (f"{run.name}, step {step} ({self._name(run.parent)})", self._name(numbered_runs.file_of(run, step)))
+            for run, step in newest
         ]
 
     def checkpoint(self, name: str | None) -> Path:
