@@ -21,7 +21,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ablation_data import balanced_numbers, copy_evenly, digest, labels_of, list_samples
 from ablation_rows import (
@@ -50,6 +50,20 @@ from medart_core.sources import INCEPTION_FILE, sha256_of
 RESULTS, RUNS, QUICK = (ROOT / "results" / name for name in ("ablation", "ablation-runs", "ablation-quick"))
 FINISHED = "finished"
 KEPT = ("value", "low", "high", "floor")  # of a figure
+
+
+class Recipe(NamedTuple):
+    """How a row is trained and drawn.
+
+    `numbers` are the drawn images that count, `labels` the classes that they were asked for, None if none was.
+    """
+
+    train: list[str]
+    finished: Path
+    weights: str  # a pattern
+    draw: list[str]
+    numbers: list[int]
+    labels: list[str] | None
 
 
 class Ablation:
@@ -125,55 +139,68 @@ class Ablation:
             return row, str(error)
         return row, FINISHED
 
+    def lora(self, row: Row, run: Path) -> Recipe:
+        """Med-Art, or what the row changes in it."""
+        data, options = self.runs / "data" / row.data, row.options | {"max_train_steps": self.steps, "seed": row.seed}
+        options |= {"dataset_name": data / "train", "resolution": PIXELS[row.data]}
+        column, labels = options["caption_column"], labels_of(data / "prompts")
+        return Recipe(
+            train=["medart.py", *arguments(run / "lora", options)],
+            finished=run / "lora" / "finished.json",
+            weights="lora/*_lora/adapter_model.safetensors",
+            draw=[f"--lora={run / 'lora'}", f"--metadata={data / 'prompts'}", f"--caption-column={column}"],
+            numbers=list(range(len(labels))),
+            labels=None if column == NO_CAPTIONS else labels,
+        )
+
+    def dit(self, row: Row, run: Path) -> Recipe:
+        """DiT from scratch; it draws the classes in turn, of which as many count as the others have."""
+        data, result = self.runs / "data" / row.data, run / f"000-{DIT['model'].replace('/', '-')}"
+        labels, classes = labels_of(data / "prompts"), sorted(set(labels_of(data / "train")))
+        options = row.options | {"max-steps": self.steps, "global-seed": row.seed, "results-dir": run}
+        options["features-path"] = self.runs / f"{row.data}-features"
+        checkpoint = result / "checkpoints" / f"{self.steps:07d}.pt"
+        return Recipe(
+            train=["train.py", *(f"--{name}={value}" for name, value in options.items()), "--no-flip"],
+            finished=result / "finished.json",
+            weights=str(checkpoint.relative_to(run)),
+            draw=[f"--ckpt={checkpoint}", "--balanced", "--sampler=dpm++", "--guided-channels=4", "--cfg-scale=2"],
+            numbers=balanced_numbers(labels, classes),
+            labels=labels,
+        )
+
     def make(self, row: Row) -> None:
         """Train, draw and evaluate; the row's JSON is written last."""
         run, data, seconds = self.runs / str(row), self.runs / "data" / row.data, {}
-        run.mkdir(parents=True, exist_ok=True)
-        log = run / "output.txt"
+        recipe = (self.dit if row.name == "dit" else self.lora)(row, run)
+        samples, report = run / "samples", run / "evaluation" / "report.json"
 
         def stage(name: str, *command: str, done: Path) -> None:
+            file = run / f"{name}.json"
             if not done.exists():
-                write_json(run / f"{name}.json", call(*command, log=log))
-            seconds[name] = json.loads((run / f"{name}.json").read_text())
+                write_json(file, call(*command, log=run / "output.txt"))
+            seconds[name] = json.loads(file.read_text()) if file.exists() else None
 
-        samples, report = run / "samples", run / "evaluation" / "report.json"
-        shared = [f"--sample-dir={samples}", f"--global-seed={row.seed}", f"--per-proc-batch-size={BATCH}"]
-        shared += [f"--num-sampling-steps={SOLVER_STEPS}", "--precision=bf16", f"--image-size={PIXELS[row.data]}"]
-        labels = labels_of(data / "prompts")
-        numbers = list(range(len(labels)))
-        if row.name == "dit":
-            result = run / "000-DiT-S-2"
-            flags = [f"--{name}={value}" for name, value in (DIT | {"max-steps": self.steps}).items()]
-            where = [f"--features-path={self.runs / row.data}-features", f"--results-dir={run}", "--no-flip"]
-            stage("train", "train.py", *flags, *where, f"--global-seed={row.seed}", done=result / "finished.json")
-            weights = [result / "checkpoints" / f"{self.steps:07d}.pt"]
-            numbers = balanced_numbers(labels, sorted(set(labels_of(data / "train"))))
-            how = [f"--ckpt={weights[0]}", "--balanced", "--sampler=dpm++", "--guided-channels=4", "--cfg-scale=2"]
-        else:
-            result, options = run / "lora", row.options | {"max_train_steps": self.steps, "seed": row.seed}
-            options |= {"dataset_name": data / "train", "resolution": PIXELS[row.data]}
-            stage("train", "medart.py", *arguments(result, options), done=result / "finished.json")
-            weights = sorted(result.glob("*_lora/adapter_model.safetensors"))
-            column = options["caption_column"]
-            how = [f"--lora={result}", f"--metadata={data / 'prompts'}", f"--caption-column={column}"]
-        archive = samples / "done.json"
-        stage("sample", "sample_ddp.py", f"--num-fid-samples={max(numbers) + 1}", *how, *shared, done=archive)
+        stage("train", *recipe.train, done=recipe.finished)
+        how = [f"--num-fid-samples={max(recipe.numbers) + 1}", *recipe.draw, f"--global-seed={row.seed}"]
+        how += [f"--num-sampling-steps={SOLVER_STEPS}", f"--per-proc-batch-size={BATCH}", "--precision=bf16"]
+        how += [f"--image-size={PIXELS[row.data]}", f"--sample-dir={samples}"]
+        stage("sample", "sample_ddp.py", *how, done=samples / "done.json")
         [pictures] = [path for path in samples.iterdir() if path.is_dir() and path.name[0] != "."]
-        list_samples(pictures, numbers, None if row.options.get("caption_column") == NO_CAPTIONS else labels)
-        write_json(archive, pictures.name)
-        against = [f"--real={ROOT / 'dataset' / row.data / 'test'}", f"--extractor={self.runs / row.data}.safetensors"]
-        how = [f"--generated={pictures}", *against, f"--out={run / 'evaluation'}", "--utility-seeds=0"]
-        stage("evaluate", "evaluate.py", *how, "--no-patients", done=report)
+        list_samples(pictures, recipe.numbers, recipe.labels)
+        write_json(samples / "done.json", pictures.name)
+        how = [f"--generated={pictures}", f"--real={ROOT / 'dataset' / row.data / 'test'}", "--utility-seeds=0"]
+        how += [f"--extractor={self.runs / row.data}.safetensors", "--no-patients", f"--out={run / 'evaluation'}"]
+        stage("evaluate", "evaluate.py", *how, done=report)
 
-        measured = json.loads(report.read_text())
-        facts = measured.pop("run")
-        measured = {name: {field: figure[field] for field in KEPT} for name, figure in measured.items()
-                    if figure["value"] is not None}  # fmt: skip
-        content = self.asked(row) | {"figures": measured, "seconds": seconds}
-        content |= {"commit": commit(), "torch": facts["torch"], "real_sha256": facts["real_sha256"]}
-        content |= {"data_sha256": {split: digest(data / split) for split in ("train", "prompts")}}
-        content["base_sha256"] = digest(ROOT / "nano" / "pixart")
-        content["weights_sha256"] = {file.parent.name: sha256_of(file) for file in weights}
+        figures = json.loads(report.read_text())
+        facts = figures.pop("run")
+        content = self.asked(row) | {"seconds": seconds, "commit": commit(), "torch": facts["torch"]}
+        content["figures"] = {name: {field: figure[field] for field in KEPT} for name, figure in figures.items()
+                              if figure["value"] is not None}  # fmt: skip
+        content["data_sha256"] = {split: digest(data / split) for split in ("train", "prompts")}
+        content |= {"real_sha256": facts["real_sha256"], "base_sha256": digest(ROOT / "nano" / "pixart")}
+        content["weights_sha256"] = {file.parent.name: sha256_of(file) for file in sorted(run.glob(recipe.weights))}
         self.record(row).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.record(row), content)
 

@@ -43,6 +43,7 @@ FIGURES = {
     "class_agreement": "agreement with the prompt",
     "colour_statistics_distance": "colour distance",
     "chroma_error": "chroma error",
+    "colour_histogram_distance": "colour histogram distance",
     "colour_diversity": "colour diversity",
 }
 COLOURS = list(FIGURES)[4:]
@@ -170,8 +171,9 @@ def seconds_per_update(rows: Rows, name: str) -> float | None:
     for seed, record in rows.get(name, {}).items():
         if seed in without:
             updates = len(range(0, record["steps"], record["options"]["N_steps"]))
-            spent = [each["seconds"]["train"]["cpu"] for each in (record, without[seed])]
-            found.append((spent[0] - spent[1]) / updates)
+            spent = [each["seconds"]["train"] for each in (record, without[seed])]
+            if all(spent):  # unknown for a run that was killed after its training
+                found.append((spent[0]["cpu"] - spent[1]["cpu"]) / updates)
     return mean(found) if found else None
 
 
