@@ -365,7 +365,7 @@ def test_descriptions(page, tmp_path):
         if answer:
             page.click("#caption-run")
             assert answer in message(page)
-            page.locator("#dropped button[aria-label='Clear']").click()
+            page.locator("#dropped button[aria-label='Remove Image']").click()
     choose(page, "label", "bacterial pneumonia")
     run(page, "caption", "seconds")
     said = page.locator("#description textarea").input_value()
