@@ -21,12 +21,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from ablation_data import balanced_numbers, copy_evenly, digest, labels_of, list_samples
+from ablation_data import copy_evenly, digest, list_samples
+from ablation_recipes import dit, lora
 from ablation_rows import (
     BATCH,
-    DIT,
     EPOCHS,
     IMAGES,
     PIXELS,
@@ -38,32 +38,17 @@ from ablation_rows import (
     STEPS,
     Row,
 )
-from recipe import ROOT, arguments
+from recipe import ROOT
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 from medart_core.checkpoint import take, write_json
 from medart_core.errors import UserError, exit_codes
-from medart_core.metadata import NO_CAPTIONS
 from medart_core.sources import INCEPTION_FILE, sha256_of
 
 RESULTS, RUNS, QUICK = (ROOT / "results" / name for name in ("ablation", "ablation-runs", "ablation-quick"))
 FINISHED = "finished"
 KEPT = ("value", "low", "high", "floor")  # of a figure
-
-
-class Recipe(NamedTuple):
-    """How a row is trained and drawn.
-
-    `numbers` are the drawn images that count, `labels` the classes that they were asked for, None if none was.
-    """
-
-    train: list[str]
-    finished: Path
-    weights: str  # a pattern
-    draw: list[str]
-    numbers: list[int]
-    labels: list[str] | None
 
 
 class Ablation:
@@ -139,40 +124,13 @@ class Ablation:
             return row, str(error)
         return row, FINISHED
 
-    def lora(self, row: Row, run: Path) -> Recipe:
-        """Med-Art, or what the row changes in it."""
-        data, options = self.runs / "data" / row.data, row.options | {"max_train_steps": self.steps, "seed": row.seed}
-        options |= {"dataset_name": data / "train", "resolution": PIXELS[row.data]}
-        column, labels = options["caption_column"], labels_of(data / "prompts")
-        return Recipe(
-            train=["medart.py", *arguments(run / "lora", options)],
-            finished=run / "lora" / "finished.json",
-            weights="lora/*_lora/adapter_model.safetensors",
-            draw=[f"--lora={run / 'lora'}", f"--metadata={data / 'prompts'}", f"--caption-column={column}"],
-            numbers=list(range(len(labels))),
-            labels=None if column == NO_CAPTIONS else labels,
-        )
-
-    def dit(self, row: Row, run: Path) -> Recipe:
-        """DiT from scratch; it draws the classes in turn, of which as many count as the others have."""
-        data, result = self.runs / "data" / row.data, run / f"000-{DIT['model'].replace('/', '-')}"
-        labels, classes = labels_of(data / "prompts"), sorted(set(labels_of(data / "train")))
-        options = row.options | {"max-steps": self.steps, "global-seed": row.seed, "results-dir": run}
-        options["features-path"] = self.runs / f"{row.data}-features"
-        checkpoint = result / "checkpoints" / f"{self.steps:07d}.pt"
-        return Recipe(
-            train=["train.py", *(f"--{name}={value}" for name, value in options.items()), "--no-flip"],
-            finished=result / "finished.json",
-            weights=str(checkpoint.relative_to(run)),
-            draw=[f"--ckpt={checkpoint}", "--balanced", "--sampler=dpm++", "--guided-channels=4", "--cfg-scale=2"],
-            numbers=balanced_numbers(labels, classes),
-            labels=labels,
-        )
-
     def make(self, row: Row) -> None:
         """Train, draw and evaluate; the row's JSON is written last."""
         run, data, seconds = self.runs / str(row), self.runs / "data" / row.data, {}
-        recipe = (self.dit if row.name == "dit" else self.lora)(row, run)
+        if row.name == "dit":
+            recipe = dit(row, run, data, self.runs / f"{row.data}-features", self.steps)
+        else:
+            recipe = lora(row, run, data, self.steps)
         samples, report = run / "samples", run / "evaluation" / "report.json"
 
         def stage(name: str, *command: str, done: Path) -> None:

@@ -10,7 +10,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "nano"))
 
 import tables  # noqa: E402
-from ablation_rows import PLAN, ROWS  # noqa: E402
 
 from medart_core.errors import UserError  # noqa: E402
 
@@ -48,14 +47,6 @@ def test_every_table_stands_in_a_document_or_is_made():
 )
 def test_what_counts(differences, expected):
     assert tables.counts(differences) is expected
-
-
-def test_rows_differ_from_med_art_in_what_they_say():
-    assert len(set(PLAN)) == len(PLAN)
-    for row in PLAN:
-        whole = row._replace(name="med-art").options
-        changed = {name for name, value in row.options.items() if whole.get(name) != value}
-        assert row.name == "dit" or changed == set(ROWS[row.name])
 
 
 def test_finished_rows_say_how_they_were_made():
