@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dit_baseline as baseline
+import dit_npz
 from measure import interleave
 
 from diffusers_grad.attention import attend
@@ -32,12 +32,10 @@ from medart_core.dit_run import DiTRun
 from medart_core.dit_sampling import sample_latents
 from medart_core.feature_store import FeatureStore
 from medart_core.gaussian_diffusion import GaussianDiffusion
-from medart_core.image_npz import ImageNpz
 from medart_core.labelled_images import LabelledImages
 from medart_core.objectives import diffusion_loss
 from models import DiT, DiT_models
 
-ROOT = Path(__file__).resolve().parents[1]
 Cases = dict[str, Callable[[], object]]
 BATCH, SIDE, LOADED, STORED, CFG = 4, 32, 128, 2048, 4.0
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.02}
@@ -47,7 +45,7 @@ BARS = {
     "update": [("ours", "baseline", 2.3, 3.5)],
     "loader": [("ours", "baseline", 40, 60)],
     "sampler": [("ours, bf16, compiled", "baseline, fp32", 2.5, 5)],
-    "npz": [("ours", "baseline", 100, 500)],
+    "npz": [("ours", "baseline, fsynced", 100, 500), ("ours, not fsynced", "baseline", 100, 500)],
 }
 
 
@@ -186,33 +184,12 @@ def sampler_cases(quick: bool, _: Path) -> Cases:
     return {"baseline, fp32": lambda: baseline.sample(plain, labels, noises(), CFG), **cases}
 
 
-def npz_cases(quick: bool, folder: Path) -> Cases:
-    """An archive of 256 px X-rays as they come from the sampler, in groups of 32."""
-    files = sorted((ROOT / "tests" / "data").glob("*.jpeg"))
-    pictures = [np.asarray(Image.open(file).convert("RGB").resize((256, 256))) for file in files]
-    images = np.stack([pictures[number % len(pictures)] for number in range(64 if quick else 1000)])
-
-    def ours() -> None:
-        archive = ImageNpz(folder, images.shape)
-        archive.begin()
-        for start in range(0, len(images), 32):
-            archive.write(start, torch.from_numpy(images[start : start + 32]))
-        archive.publish(folder / "ours.npz")
-
-    ours()
-    for path in (folder / "ours.npz", baseline.save_npz(folder, list(images[:32]))):
-        found = np.load(path)["arr_0"]
-        if not np.array_equal(found, images[: len(found)]):
-            raise SystemExit(f"{path.name} holds other images")
-    return {"baseline": lambda: baseline.save_npz(folder, list(images)), "ours": ours}
-
-
 PARTS = {
     "step": step_cases,
     "update": update_cases,
     "loader": loader_cases,
     "sampler": sampler_cases,
-    "npz": npz_cases,
+    "npz": dit_npz.cases,
 }
 
 

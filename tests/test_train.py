@@ -539,6 +539,26 @@ def test_presets_run_under_the_launchers(tmp_path, name, launcher):
     assert "error: --data-path /no/such/images does not" in start_preset(name, tmp_path, "-m", launcher, flag).stderr
 
 
+@pytest.mark.slow
+def test_two_processes_of_either_launcher_make_the_same_bytes(tmp_path, tiny_pixart, x_rays):
+    script = tmp_path / "tiny.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
+        "import tiny_dit, train\ntiny_dit.make_known()\nsys.exit(train.main())\n"
+    )
+    shared = [f"--model={tiny_dit.NAME}", f"--data-path={x_rays}", f"--vae={tiny_pixart}", "--image-size=32"]
+    shared += ["--global-batch-size=4", "--max-steps=4", "--log-every=1", "--num-samples=0", "--report-to=none"]
+    launchers = {"torch.distributed.run": ["--nproc_per_node=2"],
+                 "accelerate.commands.launch": ["--multi_gpu", "--num_processes=2"]}  # fmt: skip
+    runs = []
+    for name, flags in launchers.items():
+        command = [sys.executable, "-m", name, *flags, str(script), *shared, f"--results-dir={tmp_path / name}"]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        runs.append(tmp_path / name / f"000-{RUN}")
+    assert entries(runs[0]) == entries(runs[1]) and same(read(runs[0], 4)["opt"], read(runs[1], 4)["opt"])
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_each_preset_trains(run, flags, tmp_path, name):
     assert run(*flags, "--max-steps=1", preset=name) == 0
