@@ -51,10 +51,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=IMAGES, help=f"to draw (default {IMAGES})")
     parser.add_argument("--caption-column", default="simple_text", help="of the test split (default simple_text)")
     parser.add_argument("--cfg-scale", type=float, default=4.5, help="guidance (default 4.5)")
-    options = parser.parse_args()
-    more = ("--cfg-scale", options.cfg_scale)
-    generated = draw(options.lora, options.out / "generated", options.images, options.caption_column, *more)
-    print(f"look at {evaluate(generated, options.out / 'evaluation')}")
+    options, more = parser.parse_known_args()
+    scale = ("--cfg-scale", options.cfg_scale)
+    generated = draw(options.lora, options.out / "generated", options.images, options.caption_column, *scale)
+    print(f"look at {evaluate(generated, options.out / 'evaluation', *more)}")
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_prompts_beside_the_samples_are_held_against_the_pixels(sets, tmp_path: 
     )
     for source in (folder, folder.with_name(f"{folder.name}.npz")):
         found = images.read(source, show_progress=False)
-        assert found.labels == CLASSES * 2 and "evenly" in (found.texts or ())[1]
+        assert found.labels == CLASSES * 2 and found.texts and "evenly" in found.texts[1]
     run(monkeypatch, *between(sets | {"generated": folder}, tmp_path))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     figure = report["attribute_agreement_exposure"]

@@ -130,8 +130,11 @@ def by_question(figures: Mapping[str, Measured]) -> dict[str, dict[str, Measured
 
 def explanations(found: Mapping[str, Measured]) -> dict[str, Title]:
     """What the figures of a question say, under the first of each kind: those of one class say the same."""
-    first = {_base(name): name for name in reversed(found)}
-    return {name: TITLES[base] for base, name in reversed(first.items()) if base}
+    first: dict[str, str] = {}
+    for name in found:
+        if base := _base(name):
+            first.setdefault(base, name)
+    return {name: TITLES[base] for base, name in first.items()}
 
 
 def put(name: str, value: float | None) -> str:
