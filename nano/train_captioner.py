@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("--joint-steps", type=int, default=950, help="steps of all together (default 950)")
     parser.add_argument("--batch-size", type=int, default=16, help="X-rays, and as many others, a step (default 16)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3, falling to 0)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default 0)")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
 

@@ -144,7 +144,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64, help="images per step (default 64)")
     parser.add_argument("--per-class", type=int, default=600, help="photographs per class (default 600)")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3, falling to 0)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default 0)")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
 

@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, default=14000, help="training texts (default 14000)")
     parser.add_argument("--steps", type=int, default=600, help="optimiser steps (default 600)")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="texts per step (default 64)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default 2e-3, cosine to 0)")
     options = parser.parse_args()
     torch.manual_seed(0)

@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=1000, help="further steps of the decoder (default 1000)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step (default 8)")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak rate of each phase (default 2e-3, cosine to 0)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random (default 0)")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     train, held_out = load_sources()

@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_layout import FILES, ROOT
+from test_layout import CODE, FILES, ROOT
 
 PAGES = sorted(name for name in FILES if name.endswith(".md") and not name.startswith("tests/"))
 LAUNCHERS = {"accelerate", "torchrun"}
@@ -48,6 +48,20 @@ def dead_links(name: str, page: str, root: Path = ROOT) -> list[str]:
         if not path.exists() or (anchor and anchor not in anchors(path.read_text("utf-8"))):
             dead.append(f"{name}: {target}")
     return dead
+
+
+# --- Help ---
+
+
+@pytest.mark.parametrize("script", [name for name in CODE if '__name__ == "__main__"' in CODE[name]])
+def test_help_has_an_example_and_a_word_for_each_option(script: str) -> None:
+    tree = ast.parse(CODE[script])
+    assert Path(script).name in (ast.get_docstring(tree) or "")
+    calls = [
+        node for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+    ]  # fmt: skip
+    assert [ast.unparse(call) for call in calls if "help" not in [keyword.arg for keyword in call.keywords]] == []
 
 
 # --- Commands ---

@@ -65,7 +65,10 @@ def renamed(tensors, layout: str) -> dict[str, torch.Tensor]:
             end = kohya if flat else f"lora_{side}.weight"
             key = f"{name}{own.replace('.', '_') if flat else own}.{end}"
             # q, k and v as one matrix have one A; that of q is taken for all, see the test.
-            out[key] = torch.cat([out[key], tensor]) if key in out and side == "B" else out.get(key, tensor)
+            if key not in out:
+                out[key] = tensor
+            elif side == "B":
+                out[key] = torch.cat([out[key], tensor])
     return out
 
 
