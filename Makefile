@@ -5,19 +5,21 @@ OLD_PYTHON := '$(PYTHON)' is not Python 3.11 or newer: name one, as in PYTHON=/u
 LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-dit test lint bench bench-train-options soak nano figures
+.PHONY: help demo demo-dit app test test-app lint bench bench-train-options soak nano figures
 
 help:
 	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, 10 minutes -> medart/demo.png"
 	@echo "QUICK=1 make demo  the same with fewer images and steps, 3 minutes -> results/quick-demo/demo.png"
 	@echo "make demo-dit a class-conditional DiT on chest X-rays, 6 minutes on 2 cores -> results/demo-dit/demo-dit.png"
+	@echo "make app      the web demo, at http://127.0.0.1:7860"
 	@echo "make test     run the tests"
+	@echo "make test-app the web demo's tests, which need a Chromium; make test then has them, too"
 	@echo "make lint     check style and types"
 	@echo "make bench    time Med-Art's and DiT's steps and captioning beside plain baselines; the last line of each is JSON"
 	@echo "make bench-train-options  steps per second and memory of train.py's ways to train, beside fast-DiT's table"
 	@echo "make soak     the long campaigns: resumes, kills, a step at full size (half an hour; 16 GB of memory)"
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
-	@echo "make figures  run the demo and copy its picture into img/ for the README"
+	@echo "make figures  run the demos and put their pictures and the web demo's into img/ for the README; needs a Chromium"
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
 
 demo: .venv/.installed
@@ -26,8 +28,14 @@ demo: .venv/.installed
 demo-dit: .venv/.installed
 	$(PY) nano/demo_dit.py
 
+app: .venv/.installed-app
+	$(PY) app.py
+
 test: .venv/.installed-dev
 	$(PY) -m pytest -q
+
+test-app: .venv/.installed-app-dev
+	$(PY) -m pytest -q tests/test_app.py
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
@@ -59,10 +67,11 @@ nano: .venv/.installed
 	$(PY) nano/train_captioner.py
 	$(PY) nano/check_captioner.py
 
-figures: demo
+figures: demo demo-dit .venv/.installed-app-dev
 	mkdir -p img
 	cp medart/demo.png img/demo.png
 	cp results/captions.png img/captions.png
+	$(PY) tests/app_browser.py img
 
 # The stamps are written last, so that an interrupted installation is taken up again.
 .venv/.created:
@@ -76,4 +85,12 @@ figures: demo
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv/.installed-app: .venv/.installed requirements-app.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-app.txt
+	@touch $@
+
+.venv/.installed-app-dev: .venv/.installed-app .venv/.installed-dev requirements-app-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-app-dev.txt
 	@touch $@

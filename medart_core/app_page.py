@@ -28,6 +28,7 @@ CSS = """
 .head p {margin: 0; color: var(--body-text-color-subdued)}
 .head .warning {flex-basis: 100%; padding: .35rem .7rem; border-left: 4px solid #d97706; border-radius: 4px;
   color: var(--body-text-color); background: color-mix(in srgb, #d97706 12%, transparent)}
+.gallery button, .gallery-item {max-width: 100%; white-space: normal; text-align: left}
 .said {min-height: 1.6rem}
 .figures {overflow-x: auto}
 .figures table {font-variant-numeric: tabular-nums}

@@ -397,7 +397,7 @@ def test_nothing_is_wider_than_a_phone(page):
 
 @in_chromium
 def test_without_a_dit_the_page_says_how_to_get_one(page, folder, url):
-    (folder / DIT).rename(folder / "away")
+    (folder / DIT).rename(folder.parent / "away")
     page.goto(url)
     choose_tab(page, "Class-conditional")
     page.wait_for_selector("#no-dit:has-text('make demo-dit')")
