@@ -5,14 +5,16 @@ OLD_PYTHON := '$(PYTHON)' is not Python 3.11 or newer: name one, as in PYTHON=/u
 LOCAL := diffusers/pyproject.toml LLaVA-NeXT/pyproject.toml
 
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-dit test lint bench bench-train-options soak nano figures ablation ablation-quick tables
+.PHONY: help demo demo-dit app test test-app lint bench bench-train-options soak nano figures ablation ablation-quick tables
 
 help:
 	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, evaluate it, 15 minutes"
 	@echo "              -> medart/demo.png, medart/evaluation/report.html"
 	@echo "QUICK=1 make demo  the same with fewer images and steps, 5 minutes -> results/quick-demo/"
 	@echo "make demo-dit a class-conditional DiT on chest X-rays, 6 minutes on 2 cores -> results/demo-dit/demo-dit.png"
+	@echo "make app      the web demo, at http://127.0.0.1:7860"
 	@echo "make test     run the tests"
+	@echo "make test-app the web demo's tests, which need a Chromium; make test then has them, too"
 	@echo "make lint     check style and types"
 	@echo "make bench    time Med-Art's and DiT's steps and captioning beside plain baselines; the last line of each is JSON"
 	@echo "make bench-train-options  steps per second and memory of train.py's ways to train, beside fast-DiT's table"
@@ -20,7 +22,7 @@ help:
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
 	@echo "make ablation the paper's ablation at bundled scale, hours -> results/ablation (make ablation-quick: 15 minutes)"
 	@echo "make tables   put the figures of results/ into README and docs"
-	@echo "make figures  run the demo and copy its picture into img/ for the README"
+	@echo "make figures  run the demos and put their pictures and the web demo's into img/ for the README; needs a Chromium"
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
 
 demo: .venv/.installed
@@ -29,8 +31,14 @@ demo: .venv/.installed
 demo-dit: .venv/.installed
 	$(PY) nano/demo_dit.py
 
+app: .venv/.installed-app
+	$(PY) app.py
+
 test: .venv/.installed-dev
 	$(PY) -m pytest -q
+
+test-app: .venv/.installed-app-dev
+	$(PY) -m pytest -q tests/test_app.py
 
 lint: .venv/.installed-dev
 	.venv/bin/ruff check .
@@ -62,10 +70,11 @@ nano: .venv/.installed
 	$(PY) nano/check_captioner.py
 	$(PY) nano/train_lora.py
 
-figures: demo
+figures: demo demo-dit .venv/.installed-app-dev
 	mkdir -p img
 	cp medart/demo.png img/demo.png
 	cp results/captions.png img/captions.png
+	$(PY) tests/app_browser.py img
 
 ablation: .venv/.installed
 	$(PY) nano/ablation.py
@@ -88,4 +97,12 @@ tables: .venv/.installed
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(PY) -m pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+.venv/.installed-app: .venv/.installed requirements-app.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-app.txt
+	@touch $@
+
+.venv/.installed-app-dev: .venv/.installed-app .venv/.installed-dev requirements-app-dev.txt
+	$(PY) -m pip install --disable-pip-version-check -r requirements-app-dev.txt
 	@touch $@

@@ -11,6 +11,7 @@ time, others wait. It needs requirements-app.txt; as a Hugging Face Space see do
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -172,6 +173,7 @@ def main() -> None:
     options = parse_options()
     if find_spec("gradio") is None:
         raise UserError(f"the page needs Gradio, which is not installed; {EXTRA} (or make app)")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the end of the folder below
     # 1. Models load in the background.
     loader = ThreadPoolExecutor(1, "loader")
     studio = loader.submit(load_studio, options.model)

@@ -28,6 +28,7 @@ CSS = """
 .head p {margin: 0; color: var(--body-text-color-subdued)}
 .head .warning {flex-basis: 100%; padding: .35rem .7rem; border-left: 4px solid #d97706; border-radius: 4px;
   color: var(--body-text-color); background: color-mix(in srgb, #d97706 12%, transparent)}
+.gallery button, .gallery-item {max-width: 100%; white-space: normal; text-align: left}
 .said {min-height: 1.6rem}
 .figures {overflow-x: auto}
 .figures table {font-variant-numeric: tabular-nums}
@@ -46,6 +47,10 @@ CSS = """
   background: color-mix(in srgb, #059669 14%, transparent)}
 .attempt li.failed {background: color-mix(in srgb, #dc2626 18%, transparent); font-weight: 600}
 footer {display: none !important}
+@media (max-width: 600px) {
+  .gradio-container .main {padding: 12px !important}
+  .tab-container button {padding: .5rem !important; font-size: .85rem !important}
+}
 """
 HEAD = f"""<div class="head"><h1>Med-Art</h1><p>Medical images from words, by PixArt-alpha and HLDF</p>
 <p class="warning"><strong>{WARNING}</strong> The pictures are made up, and the descriptions say what they are told.

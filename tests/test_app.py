@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from app_browser import choose, choose_tab, open_page, run
+from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 import sample
@@ -228,6 +229,21 @@ def test_the_extra_is_asked_for_in_one_line(tmp_path):
         assert re.fullmatch(rf"error: [^\n]*{re.escape(message)}[^\n]*\n", done.stderr), done.stderr
 
 
+def test_what_a_space_is_made_of():
+    space = ROOT / "docs" / "space"
+    names = (space / "files.txt").read_text().split()
+    assert [name for name in names if not (ROOT / name).exists()] == []
+    assert "app.py" in names and not any(name in ("dataset", "medart", "results") for name in names)
+    settings = dict(re.findall(r"^(\w+): (.+)$", (space / "README.md").read_text().split("---")[1], re.MULTILINE))
+    assert (settings["sdk"], settings["app_file"]) == ("gradio", "app.py")
+    lines = [*(space / "requirements.txt").read_text().splitlines(), f"gradio=={settings['sdk_version']}"]
+    pins = {name: pin for line in lines if "==" in line for name, pin in [line.split("==")]}
+    bounds = "\n".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-app.txt"))
+    for name, bound in re.findall(r"^([\w-]+)([<>=][^\n]*)$", bounds, re.MULTILINE):
+        assert name not in pins or SpecifierSet(bound).contains(pins[name]), name
+    assert {"torch", "diffusers", "transformers", "peft", "gradio"} <= pins.keys()
+
+
 # --- In a browser ---
 
 in_chromium = pytest.mark.skipif(app_browser.missing() is not None, reason=str(app_browser.missing()))
@@ -397,7 +413,7 @@ def test_nothing_is_wider_than_a_phone(page):
 
 @in_chromium
 def test_without_a_dit_the_page_says_how_to_get_one(page, folder, url):
-    (folder / DIT).rename(folder / "away")
+    (folder / DIT).rename(folder.parent / "away")
     page.goto(url)
     choose_tab(page, "Class-conditional")
     page.wait_for_selector("#no-dit:has-text('make demo-dit')")
