@@ -162,6 +162,7 @@ class ImageNpz:
 
     def publish(self, target: Path) -> None:
         """Turn what is there into the archive `target`; for one process, when no row is missing."""
+        assert not self.missing()
         crc, appending = zlib.crc32(self.header), _appending(self.row_bytes)
         for entry in self._entries().tolist():
             crc = _image(appending, crc) ^ (entry - THERE)

@@ -8,6 +8,7 @@ import signal
 import sys
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 import sample_ddp
 from medart_core import dit_sampling, lora, pretrained, sampling
 from medart_core.errors import UserError, exit_codes
-from medart_core.image_npz import ImageNpz, rows_of
+from medart_core.image_npz import THERE, ImageNpz, rows_of
 from medart_core.many_samples import runs
 from models import DiT
 
@@ -127,6 +128,7 @@ def test_archive_beyond_4_gib(tmp_path):
     shape = (6000, 512, 512, 3)  # sparse: takes no space
     npz = ImageNpz(tmp_path, shape)
     npz.begin()
+    np.full(6000, zlib.crc32(bytes(npz.row_bytes)) + THERE, np.uint64).tofile(npz.journal)  # black images
     last = torch.full((1, 512, 512, 3), 7, dtype=torch.uint8)
     npz.write(5999, last)
     npz.publish(tmp_path / "a.npz")
