@@ -11,7 +11,7 @@ help:
 	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, evaluate it, 15 minutes"
 	@echo "              -> medart/demo.png, medart/evaluation/report.html"
 	@echo "QUICK=1 make demo  the same with fewer images and steps, 5 minutes -> results/quick-demo/"
-	@echo "make demo-dit a class-conditional DiT on chest X-rays, 6 minutes on 2 cores -> results/demo-dit/demo-dit.png"
+	@echo "make demo-dit a class-conditional DiT on chest X-rays, 10 minutes on 2 cores -> results/demo-dit/demo-dit.png"
 	@echo "make app      the web demo, at http://127.0.0.1:7860"
 	@echo "make test     run the tests"
 	@echo "make test-app the web demo's tests, which need a Chromium; make test then has them, too"

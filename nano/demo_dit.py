@@ -27,7 +27,7 @@ from medart_core.sampling import to_uint8
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "dataset" / "chest-xray"
-MODEL, SIZE, STEPS, CFG_SCALE, SAMPLING_STEPS = "DiT-S/4", 128, 600, 2.0, 25
+MODEL, SIZE, STEPS, CFG_SCALE, SAMPLING_STEPS = "DiT-S/4", 128, 1200, 2.0, 25
 PROCESSES = 2
 TRAINING = {
     "learning-rate": 5e-4,  # small and short: five times fast-DiT's
