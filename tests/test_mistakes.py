@@ -48,6 +48,18 @@ def launch_with(precision: str) -> None:
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
 
 
+def offline() -> None:
+    """As HF_HUB_OFFLINE=1, which is read when the library is imported: before a process is forked."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+
+
+def without_gpu() -> None:
+    """A machine without a GPU, whatever this one has."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def interrupt_in(module: str, name: str) -> None:
     """Where the work is done sooner than a signal comes: Ctrl-C as Python sees it, in a function."""
 
@@ -62,6 +74,8 @@ BEFORE: dict[str, tuple] = {
     "a full disk while training": (small_disk, 20_000),
     "a full disk while preparing": (small_disk, 2_000),
     "fp16, in which T5 overflows": (launch_with, "fp16"),
+    "a model from the hub without a network": (offline,),
+    "endoscopy without a GPU": (without_gpu,),
 }
 STAGES: dict[str, str | tuple[str, str]] = {  # what to wait for, or where the interruption comes from
     "training": r"medart: +0%\|[^|]*\| [1-9]",
@@ -167,6 +181,11 @@ def call(command: str, place: Path, tiny: Path, before: tuple | None = None) -> 
     return code, said_in(place)
 
 
+def test_the_page_has_all_of_them() -> None:
+    stages = {f"Ctrl-C while {what}" for what in STAGES}
+    assert len(MISTAKES) == 52 and stages | set(BEFORE) <= set(MISTAKES) and set(LONG) <= set(STAGES)
+
+
 def check(mistake: Mistake, code: int, said: str) -> None:
     assert "Traceback" not in said, said
     pattern = ".*".join(map(re.escape, mistake.printed.split("...")))
@@ -176,8 +195,7 @@ def check(mistake: Mistake, code: int, said: str) -> None:
 
 
 @pytest.mark.parametrize("title", [title for title in MISTAKES if "Ctrl-C" not in title and "two runs" not in title])
-def test_mistake(title, place, tiny_pixart, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_mistake(title, place, tiny_pixart):
     check(MISTAKES[title], *call(MISTAKES[title].command, place, tiny_pixart, BEFORE.get(title)))
 
 
