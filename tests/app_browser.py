@@ -62,7 +62,11 @@ def served(*arguments: str, before: str = "") -> Iterator[str]:
         yield url
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
 
 
 def path_of_ours() -> str:
@@ -92,7 +96,7 @@ def browser() -> Iterator[Any]:
 def open_page(opened: Any, url: str, size: dict[str, int]) -> Any:
     """The page, when its buttons are there."""
     page = opened.new_page(viewport=size)
-    page.set_default_timeout(60_000)
+    page.set_default_timeout(PATIENCE * 1000)
     page.goto(url)
     page.wait_for_selector("#generate-run")
     return page
@@ -105,7 +109,7 @@ def choose_tab(page: Any, name: str) -> None:
 def run(page: Any, tab: str, says: str) -> None:
     """Press a tab's button, and wait until the line under it says so."""
     page.click(f"#{tab}-run")
-    page.wait_for_selector(f"#{tab}-said:has-text('{says}')", timeout=PATIENCE * 1000)
+    page.wait_for_selector(f"#{tab}-said:has-text('{says}')")
 
 
 def choose(page: Any, field: str, value: str) -> None:
