@@ -150,7 +150,7 @@ def order() -> list[str]:
 
 
 def modes() -> list[str]:
-    """Gradient modes: the colours they reach, and how many ordinary steps an update with HLDF takes longer than one."""
+    """Gradient modes: the colours they reach, and what HLDF adds to a step, in ordinary steps."""
     rows, lines = read_rows(COLOUR), []
     for name in [name for name in ("med-art", "last-k", "sparse", "one-step") if name in rows]:
         longer, full = (mean(steps_longer(rows, row)) for row in (name, "med-art"))
