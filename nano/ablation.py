@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from ablation_data import copy_evenly, digest, list_samples
+from ablation_data import copy_evenly, digest, list_samples, step_seconds
 from ablation_recipes import dit, lora
 from ablation_rows import (
     BATCH,
@@ -154,6 +154,7 @@ class Ablation:
         figures = json.loads(report.read_text())
         facts = figures.pop("run")
         content = self.asked(row) | {"seconds": seconds, "commit": commit(), "torch": facts["torch"]}
+        content["step_seconds"] = step_seconds(run / "lora" / "log.jsonl")
         content["figures"] = {name: {field: figure[field] for field in KEPT} for name, figure in figures.items()
                               if figure["value"] is not None}  # fmt: skip
         content["data_sha256"] = {split: digest(data / split) for split in ("train", "prompts")}

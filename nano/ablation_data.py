@@ -2,9 +2,11 @@
 
 import csv
 import hashlib
+import json
 import shutil
 import sys
 from pathlib import Path
+from statistics import median
 
 from recipe import ROOT
 
@@ -53,6 +55,13 @@ def list_samples(pictures: Path, numbers: list[int], labels: list[str] | None) -
     for line, label in zip(found, labels or (), strict=False):
         line["label"] = label
     write_table(pictures / "metadata.csv", found)
+
+
+def step_seconds(log: Path) -> dict[str, float]:
+    """Median seconds of an ordinary step, and of one with HLDF if there was one, as medart.py has logged them."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    found = {name: [line[name] for line in lines if name in line] for name in ("sec_per_step", "sec_per_hldf_step")}
+    return {name: round(median(seconds), 4) for name, seconds in found.items() if seconds}
 
 
 def digest(folder: Path) -> str:

@@ -150,31 +150,21 @@ def order() -> list[str]:
 
 
 def modes() -> list[str]:
-    """Gradient modes: the colours they reach, and the CPU seconds that an update with HLDF adds to a run."""
+    """Gradient modes: the colours they reach, and what HLDF adds to a step, in ordinary steps."""
     rows, lines = read_rows(COLOUR), []
-    full = seconds_per_update(rows, "med-art")
-    for name in ("med-art", "last-k", "sparse", "one-step"):
-        if name not in rows:
-            continue
-        seconds = seconds_per_update(rows, name)
-        share = f" ({seconds / full:.0%})" if seconds and full else ""
+    for name in [name for name in ("med-art", "last-k", "sparse", "one-step") if name in rows]:
+        longer, full = (mean(steps_longer(rows, row)) for row in (name, "med-art"))
+        cells = [number(mean(values(rows[name], figure).values())) for figure in COLOURS]
         title = "`full` (Med-Art)" if name == "med-art" else NAMES[name]
-        cells = [number(mean(list(values(rows[name], figure).values()))) for figure in COLOURS]
-        lines.append([title, str(len(rows[name])), f"{seconds:.2f}{share}" if seconds else "-", *cells])
-    head = ["gradient", "seeds", "CPU seconds per HLDF update", *(FIGURES[name] for name in COLOURS)]
+        lines.append([title, str(len(rows[name])), f"{longer:.2f} ({longer / full:.0%})", *cells])
+    head = ["gradient", "seeds", "cost of HLDF in ordinary steps", *(FIGURES[name] for name in COLOURS)]
     return markdown(head, lines) if lines else NONE_YET
 
 
-def seconds_per_update(rows: Rows, name: str) -> float | None:
-    """CPU seconds of a training run beyond those of the same seed without HLDF, per update with HLDF."""
-    without, found = rows.get("without-hldf", {}), []
-    for seed, record in rows.get(name, {}).items():
-        if seed in without:
-            updates = len(range(0, record["steps"], record["options"]["N_steps"]))
-            spent = [each["seconds"]["train"] for each in (record, without[seed])]
-            if all(spent):  # unknown for a run that was killed after its training
-                found.append((spent[0]["cpu"] - spent[1]["cpu"]) / updates)
-    return mean(found) if found else None
+def steps_longer(rows: Rows, name: str) -> list[float]:
+    """By how many ordinary steps of the same run a step with HLDF is longer; what shares the machine slows both."""
+    seconds = [record["step_seconds"] for record in rows[name].values()]
+    return [each["sec_per_hldf_step"] / each["sec_per_step"] - 1 for each in seconds]
 
 
 def missing() -> list[str]:
