@@ -64,11 +64,11 @@ nano: .venv/.installed
 	$(PY) nano/train_vae.py
 	$(PY) nano/train_pixart.py
 	$(PY) nano/check_pixart.py
+	$(PY) nano/train_lora.py
 	$(PY) prepare.py dermoscopy-patches
 	$(PY) prepare.py histology
 	$(PY) nano/train_captioner.py
 	$(PY) nano/check_captioner.py
-	$(PY) nano/train_lora.py
 
 figures: demo demo-dit .venv/.installed-app-dev
 	mkdir -p img

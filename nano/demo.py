@@ -2,7 +2,7 @@
 
     python nano/demo.py                                 medart/ holds the run with HLDF, demo.png, evaluation/
     python nano/demo.py --quick                         the same in a third of the time, to see that all works
-    python nano/demo.py --captions simple --seed 1 --out results/color/seed-1
+    python nano/demo.py --captions simple --seed 1 --no-evaluation --out results/color/seed-1
     python nano/demo.py --summary results/color         the table of several seeds
 
 Rows of the picture: real images of the test split, the base model, tuned without HLDF, tuned with HLDF for as many

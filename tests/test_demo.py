@@ -16,6 +16,7 @@ import compare_captions
 import demo
 import measure
 import recipe
+import train_lora
 
 import evaluate
 import sample_ddp
@@ -153,6 +154,17 @@ def test_the_evaluation_takes_what_is_there_and_needs_no_network(tmp_path, monke
     with pytest.raises(SystemExit) as ended:
         measure.draw(tmp_path / "run", tmp_path / "generated", 6, "text")
     assert ended.value.code == 143
+
+
+def test_the_record_keeps_what_was_measured(tmp_path):
+    figure = {"value": 1.0, "low": 0.5, "high": 2.0, "floor": None, "note": ""}
+    (tmp_path / "a.json").write_text(json.dumps({"run": {"seed": 0}, "fid": figure, "kid": figure | {"value": None}}))
+    kept = {"fid": {"value": 1.0, "low": 0.5, "high": 2.0, "floor": None}}
+    assert train_lora.figures_of(tmp_path / "a.json") == kept
+    record = json.loads(train_lora.RECORD.read_text())
+    assert set(record) == {f"guidance {scale}" for scale in train_lora.SCALES}
+    ratio = record["guidance 2.0"]["class_agreement_ratio"]["value"]  # the bar that is met, see nano/README.md
+    assert 0.8 <= ratio == pytest.approx(record["guidance 2.0"]["class_agreement"]["value"] / 0.728, rel=0.01)
 
 
 def test_a_finished_run_is_taken_only_if_it_is_the_one_asked_for(tmp_path, monkeypatch, capsys):
