@@ -24,6 +24,7 @@ import torch
 from torch import distributed
 
 from medart_core import sources
+from medart_core.checkpoint import disk_faults
 from medart_core.errors import UserError, exit_codes
 from medart_core.evaluation import adm, classifier, figures, images, page, report, sheets
 from medart_core.evaluation.colour import ColourExtractor
@@ -217,11 +218,12 @@ def evaluate(options: argparse.Namespace) -> int:
         found |= figures.recognised(known, options.seed, device=device(), show_progress=True)
     found |= figures.usefulness(known, options.utility_seeds, device=device(), show_progress=True)
 
-    out.mkdir(parents=True, exist_ok=True)
     facts = run_facts(options, sets)
-    pictures = sheets.write(out, sets, colour_rows, pairs)
-    file = page.write(out, found, facts, sets, colour_rows, pairs)
-    report.write(out, found, facts, pictures)
+    with disk_faults(out, "the features are kept"):
+        out.mkdir(parents=True, exist_ok=True)
+        pictures = sheets.write(out, sets, colour_rows, pairs)
+        file = page.write(out, found, facts, sets, colour_rows, pairs)
+        report.write(out, found, facts, pictures)
     print(*report.in_short(found), sep="\n")
     print(f"{file}: a page to look at; report.md, report.json and pictures lie beside it")
     if copies and options.fail_on_copies:
