@@ -48,8 +48,10 @@ CSS = """
 .attempt li.failed {background: color-mix(in srgb, #dc2626 18%, transparent); font-weight: 600}
 footer {display: none !important}
 @media (max-width: 600px) {
-  .gradio-container .main {padding: 12px !important}
-  .tab-container button {padding: .5rem !important; font-size: .85rem !important}
+  .gradio-container {min-width: 0 !important}
+  .gradio-container .main {padding: 10px !important}
+  .tab-wrapper {overflow: hidden}
+  .tab-container button {padding: .5rem .4rem !important; font-size: .8rem !important}
 }
 """
 HEAD = f"""<div class="head"><h1>Med-Art</h1><p>Medical images from words, by PixArt-alpha and HLDF</p>
