@@ -23,6 +23,7 @@ THEME = gr.themes.Default(
 )  # fmt: skip
 CSS = """
 .gradio-container {max-width: 1180px !important; margin: 0 auto !important}
+.gradio-container .main {padding: clamp(10px, 3vw, 32px) !important}
 .gradio-container h1 {font-size: 1.6rem; margin: 0}
 .head {display: flex; flex-wrap: wrap; gap: .3rem 1rem; align-items: baseline; padding: .4rem 0}
 .head p {margin: 0; color: var(--body-text-color-subdued)}
@@ -32,6 +33,7 @@ CSS = """
 .said {min-height: 1.6rem}
 .figures {overflow-x: auto}
 .figures table {font-variant-numeric: tabular-nums}
+.figures :is(td, th) {padding: .3rem .6rem !important; overflow-wrap: normal; word-break: normal}
 .nothing {border: 1px dashed var(--border-color-primary); border-radius: 8px; padding: 3.5rem 1rem; text-align: center;
   color: var(--body-text-color-subdued)}
 .gradio-container .html-container {padding: 0}
@@ -47,10 +49,7 @@ CSS = """
   background: color-mix(in srgb, #059669 14%, transparent)}
 .attempt li.failed {background: color-mix(in srgb, #dc2626 18%, transparent); font-weight: 600}
 footer {display: none !important}
-@media (max-width: 600px) {
-  .gradio-container .main {padding: 12px !important}
-  .tab-container button {padding: .5rem !important; font-size: .85rem !important}
-}
+@media (max-width: 600px) {.tab-container button {padding: .5rem .4rem !important; font-size: .8rem !important}}
 """
 HEAD = f"""<div class="head"><h1>Med-Art</h1><p>Medical images from words, by PixArt-alpha and HLDF</p>
 <p class="warning"><strong>{WARNING}</strong> The pictures are made up, and the descriptions say what they are told.
@@ -184,8 +183,8 @@ def _seed_steps_guidance(name: str, steps: tuple[int, int], default: int, guidan
     with gr.Row():
         return [
             _number("Seed", orders.SEEDS, 0),
-            _number(f"Steps, {steps[0]} to {steps[1]}", steps, default, elem_id=f"{name}-steps"),
-            _number(f"Guidance, {orders.GUIDANCE[0]:g} to {orders.GUIDANCE[1]:g}", orders.GUIDANCE, guidance),
+            _number(f"Steps, {steps[0]}-{steps[1]}", steps, default, elem_id=f"{name}-steps"),
+            _number(f"Guidance, {orders.GUIDANCE[0]:g}-{orders.GUIDANCE[1]:g}", orders.GUIDANCE, guidance),
         ]
 
 
@@ -221,7 +220,7 @@ def _classes(handlers: Handlers, tab: gr.Tab) -> list[Any]:
             ckpt = gr.Dropdown(label="Checkpoint", elem_id="ckpt")
             label = gr.Dropdown(label="Class", elem_id="class")
             numbers = _seed_steps_guidance("classes", orders.DIT_STEPS, 25, 2.0)
-            images = _number(f"Images, 1 to {orders.MOST_IMAGES}", (1, orders.MOST_IMAGES), orders.MOST_IMAGES)
+            images = _number(f"Images, 1-{orders.MOST_IMAGES}", (1, orders.MOST_IMAGES), orders.MOST_IMAGES)
             with gr.Accordion("More", open=False):
                 guided = gr.Radio([3, 4], value=4, label="Guided channels of the noise",
                                   info="3 is how the published DiT-XL/2 was measured.")  # fmt: skip
