@@ -146,6 +146,15 @@ def test_jsonl_and_another_column(tmp_path):
     assert read_metadata(folder, "long") == [("b.png", "b\u2028c"), ("a.png", "a")]
 
 
+def test_none_in_place_of_a_column_gives_empty_captions(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,words\n")
+    assert read_metadata(tmp_path, "none") == [("a.png", "")]
+    (tmp_path / "metadata.csv").write_text("file_name,text\nb.png,words\n")
+    with pytest.raises(UserError, match=r"'b.png' does not exist"):
+        read_metadata(tmp_path, "none")
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
