@@ -1,6 +1,8 @@
 """Draw images from a LoRA of chest X-rays and evaluate them; what is there already is taken.
 
-python nano/measure.py --lora nano/lora-chest-xray --out results/lora-chest-xray-evaluation
+    python nano/measure.py --lora nano/lora-chest-xray --out results/lora-chest-xray-evaluation
+
+Options that it does not know go to evaluate.py.
 """
 
 import argparse

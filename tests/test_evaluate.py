@@ -191,9 +191,11 @@ def test_figures_are_ordered_by_question_and_put_in_words() -> None:
     assert list(groups.values()) == [["fid", "kid", "kid_b_a"], ["coverage"], ["odd_one"]]
     assert catalogue.title_of("kid_b_a").name == "KID, b a" and catalogue.title_of("domain_coverage").name
     assert catalogue.beside_floor("fid", odd["fid"]) == "2.0 times that of other real images, 45"
-    assert catalogue.beside_floor("coverage", half) == "56% of what other real images reach, 90 %"
+    assert catalogue.beside_floor("coverage", half) == "56 % of what other real images reach, 90 %"
     assert catalogue.beside_floor("kid", half) == "as low as other real images, 0.9"
     assert catalogue.beside_floor("duplicate_share", half) == "other real images: 90 %"
+    assert catalogue.titles_of(["fid", "kid_a"]) == "FID, KID, a"
+    assert catalogue.titles_of(["kid_a", "kid_b", "kid_c", "fid_a"]) == "KID, FID"
     assert list(catalogue.explanations({"kid_a": half, "kid_b": half})) == ["kid_a"]
 
 

@@ -1,6 +1,6 @@
 """What the figures of an evaluation are called, which question each answers, and how it is put to a reader."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from medart_core.evaluation.measured import Measured
@@ -115,6 +115,12 @@ def _base(name: str) -> str | None:
     return max((known for known in TITLES if f"{name}_".startswith(f"{known}_")), key=len, default=None)
 
 
+def titles_of(names: Sequence[str]) -> str:
+    """Of several figures, in one line; of many, only their kinds."""
+    shown = names if len(names) < 4 else dict.fromkeys(_base(name) or name for name in names)
+    return ", ".join(title_of(name).name for name in shown)
+
+
 def by_question(figures: Mapping[str, Measured]) -> dict[str, dict[str, Measured]]:
     """The measured figures under the questions that they answer; each is followed by its parts."""
     order, groups = list(TITLES), {}
@@ -156,5 +162,5 @@ def beside_floor(name: str, figure: Measured) -> str:
     if better == "lower" and floor > 0.02 * value:
         return f"{value / floor:.1f} times that of other real images, {put(name, floor)}"
     if better == "higher" and floor > 0:
-        return f"{value / floor:.0%} of what other real images reach, {put(name, floor)}"
+        return f"{100 * value / floor:.0f} % of what other real images reach, {put(name, floor)}"
     return f"other real images: {put(name, floor)}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from medart_core.checkpoint import write_text
-from medart_core.evaluation.catalogue import beside_floor, by_question, explanations, put, title_of
+from medart_core.evaluation.catalogue import beside_floor, by_question, explanations, put, title_of, titles_of
 from medart_core.evaluation.measured import Measured
 
 INTRODUCTION = (
@@ -61,8 +61,8 @@ def missing(figures: Mapping[str, Measured]) -> list[str]:
     names_of: dict[str, list[str]] = {}
     for name, figure in figures.items():
         if figure.value is None:
-            names_of.setdefault(figure.note, []).append(title_of(name).name)
-    return [f"{', '.join(names)}: {why}" for why, names in names_of.items()]
+            names_of.setdefault(figure.note, []).append(name)
+    return [f"{titles_of(names)}: {why}" for why, names in names_of.items()]
 
 
 def notes(figures: Mapping[str, Measured]) -> list[str]:
@@ -70,8 +70,8 @@ def notes(figures: Mapping[str, Measured]) -> list[str]:
     names_of: dict[str, list[str]] = {}
     for name, figure in figures.items():
         if figure.value is not None and figure.note:
-            names_of.setdefault(figure.note, []).append(title_of(name).name)
-    return [f"{', '.join(names)}: {note}" for note, names in names_of.items()]
+            names_of.setdefault(figure.note, []).append(name)
+    return [f"{titles_of(names)}: {note}" for note, names in names_of.items()]
 
 
 def how_it_was_made(figures: Mapping[str, Measured], run: Mapping[str, Any]) -> list[str]:
