@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
-import compare_captions
 import demo
 import measure
 import recipe
@@ -97,26 +96,6 @@ def test_real_images_are_described_ones_of_each_class(tmp_path, monkeypatch):
     assert shades == [[4, 10], [1, 11]]
     assert demo.real_images(6, "text").prompts[0].count("an image of a") == 2  # too few are described: all take part
     assert demo.real_images(2, "simple_text").prompts[0] == ["an image of a"] * 2
-
-
-def test_captions_are_compared_by_what_the_log_has(tmp_path):
-    def entry(step, shift):
-        names = compare_captions.STATISTICS
-        colors = {f"generated_{name}": 0.5 + shift for name in names} | {f"real_{name}": 0.5 for name in names}
-        return {"step": step, "loss_color": 1.0} | colors
-
-    lines = [
-        {"step": 0, "loss_validation": 0.9},
-        entry(0, 9),
-        entry(20, 0.1),
-        entry(25, 0.3),
-        {"step": 29, "loss_noise": 1},
-    ]
-    lines.append({"step": 29, "loss_validation": 0.4})
-    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    figures = compare_captions.figures(tmp_path, steps=30)
-    assert figures["loss_validation"] == 0.4 and figures["loss_validation_at_first"] == 0.9
-    assert figures["color_distance"] == pytest.approx(0.2 * 6**0.5)
 
 
 def test_the_demo_makes_enough_hldf_updates():
