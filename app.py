@@ -194,7 +194,8 @@ def main() -> None:
                 allowed_paths=[], prevent_thread_lock=True, quiet=True,
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"cannot listen at {options.host}, port {options.port} ({error}); see --port") from error
+            place = f"{options.host}, port {options.port}"
+            raise UserError(f"cannot listen at {place}: taken already, or not here; give another --port") from error
         print(f"http://{options.host}:{options.port}  (Ctrl-C ends it)", flush=True)
         try:
             for model in (studio, captioner):

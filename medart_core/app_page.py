@@ -184,7 +184,7 @@ def _seed_steps_guidance(name: str, steps: tuple[int, int], default: int, guidan
         return [
             _number("Seed", orders.SEEDS, 0),
             _number(f"Steps, {steps[0]}-{steps[1]}", steps, default, elem_id=f"{name}-steps"),
-            _number(f"Guidance, {orders.GUIDANCE[0]:g}-{orders.GUIDANCE[1]:g}", orders.GUIDANCE, guidance),
+            _number(f"CFG, {orders.GUIDANCE[0]:g}-{orders.GUIDANCE[1]:g}", orders.GUIDANCE, guidance),
         ]
 
 

@@ -24,7 +24,7 @@ X_RAY = ROOT / "tests" / "data" / "person1018_bacteria_2949.jpeg"
 TABS = ("Generate", "Class-conditional", "Caption", "Report")
 PATIENCE = 300  # seconds, on a machine that is busy otherwise
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
-COLOURS = 128  # of the figures
+LEVELS = 31  # of a colour in the figures
 
 
 def chromium() -> str | None:
@@ -149,7 +149,7 @@ def photograph(page: Any) -> list[Image.Image]:
 
 
 def sheet(pictures: list[Image.Image], columns: int, height: int, scale: float) -> Image.Image:
-    """Pictures side by side, cut at `height` pixels, with few colours to be small."""
+    """Pictures side by side, cut at `height` pixels, with fewer shades of each colour to be small."""
     width, gap = pictures[0].width, 24
     rows = -(-len(pictures) // columns)
     whole = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), (203, 213, 225))
@@ -159,19 +159,19 @@ def sheet(pictures: list[Image.Image], columns: int, height: int, scale: float) 
         row, column = divmod(number, columns)
         whole.paste(cut, (gap + column * (width + gap), gap + row * (height + gap)))
     small = whole.resize((round(whole.width * scale), round(whole.height * scale)), Image.Resampling.LANCZOS)
-    return small.quantize(COLOURS, dither=Image.Dither.NONE)
+    return small.point([round(round(value * LEVELS / 255) * 255 / LEVELS) for value in range(256)] * 3)
 
 
 def main() -> None:
     folder = Path(sys.argv[1])
     if reason := missing():
         sys.exit(f"error: {reason}")
+    views = (("desktop", DESKTOP, 2, 930, 0.5), ("phone", PHONE, 4, 1240, 0.75))
     with served() as url, browser() as opened:
-        for name, size, columns, height, scale in (("desktop", DESKTOP, 2, 860, 0.6), ("phone", PHONE, 4, 1180, 0.75)):
-            sheet(photograph(open_page(opened, url, size)), columns, height, scale).save(
-                folder / f"app-{name}.png", optimize=True
-            )
-            print(folder / f"app-{name}.png")
+        for name, size, columns, height, scale in views:
+            file = folder / f"app-{name}.png"
+            sheet(photograph(open_page(opened, url, size)), columns, height, scale).save(file, optimize=True)
+            print(file)
 
 
 if __name__ == "__main__":
