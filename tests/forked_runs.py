@@ -61,6 +61,7 @@ def enter(environment: dict[str, str], file: str, argv: list[str]) -> None:
     """Make a forked process look like one that a launcher started, which writes what it says to `file`."""
     multiprocessing.set_start_method(None, force=True)  # loaders start as they always do, not from the server
     os.setpgrp()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so we, may ignore it
     os.environ.update(environment)
     log = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
