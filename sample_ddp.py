@@ -43,13 +43,7 @@ def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N", help="images (default: 50000)")
-    what.add_argument(
-        "--sample-dir",
-        type=Path,
-        default=Path("samples"),
-        metavar="DIR",
-        help="of the folder and the .npz (default: samples)",
-    )
+    what.add_argument("--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
     what.add_argument("--no-png", action="store_true", help="make the .npz only")
     what.add_argument("--global-seed", type=int, default=0, metavar="N", help="of noise and classes (default: 0)")
     what.add_argument("--balanced", action="store_true", help="all classes equally often, in turn")

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from measure import draw, evaluate
+from assessment import draw, evaluate
 from PIL import Image
 from recipe import OPTIONS, ROOT, describe, finetune
 

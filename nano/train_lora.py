@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from measure import IMAGES, draw, evaluate
+from assessment import IMAGES, draw, evaluate
 from recipe import OPTIONS, ROOT, finetune
 from safetensors.torch import load_file, save_file
 

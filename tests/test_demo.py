@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "nano"))
+import assessment
 import demo
-import measure
 import recipe
 import train_lora
 
@@ -122,16 +122,16 @@ def test_the_evaluation_takes_what_is_there_and_needs_no_network(tmp_path, monke
 
     monkeypatch.setattr(subprocess, "run", script)
     monkeypatch.setattr(sources, "INCEPTION_FILE", tmp_path / "none.pt")
-    generated = measure.draw(tmp_path / "run", tmp_path / "generated", 6, "text")
+    generated = assessment.draw(tmp_path / "run", tmp_path / "generated", 6, "text")
     assert generated == tmp_path / "generated" / "PixArt-run-cfg-4.5-seed-0"
     for _ in range(2):
-        page = measure.evaluate(generated, tmp_path / "evaluation", "--utility-seeds", 1)
+        page = assessment.evaluate(generated, tmp_path / "evaluation", "--utility-seeds", 1)
     assert page == tmp_path / "evaluation" / "report.html"
     inception, fit, report = "prepare.py inception", "evaluate.py fit-extractor", "evaluate.py --generated"
     assert commands == ["sample_ddp.py --lora", inception, fit, report, inception]
     monkeypatch.setattr(subprocess, "run", lambda command: subprocess.CompletedProcess(command, 143))
     with pytest.raises(SystemExit) as ended:
-        measure.draw(tmp_path / "run", tmp_path / "generated", 6, "text")
+        assessment.draw(tmp_path / "run", tmp_path / "generated", 6, "text")
     assert ended.value.code == 143
 
 

@@ -1,6 +1,6 @@
 """Draw images from a LoRA of chest X-rays and evaluate them; what is there already is taken.
 
-    python nano/measure.py --lora nano/lora-chest-xray --out results/lora-chest-xray-evaluation
+    python nano/assessment.py --lora nano/lora-chest-xray --out results/lora-chest-xray-evaluation
 
 Options that it does not know go to evaluate.py.
 """
@@ -16,6 +16,7 @@ from medart_core.errors import exit_codes
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "dataset" / "chest-xray"
+LORA = ROOT / "nano" / "lora-chest-xray"
 IMAGES = 200
 
 
@@ -48,7 +49,7 @@ def evaluate(generated: Path, out: Path, *more: object) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lora", type=Path, default=ROOT / "nano" / "lora-chest-xray")
+    parser.add_argument("--lora", type=Path, default=LORA, help="a run of medart.py (default: the bundled one)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the images and of the evaluation")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"to draw (default {IMAGES})")
     parser.add_argument("--caption-column", default="simple_text", help="of the test split (default simple_text)")
