@@ -12,6 +12,11 @@ from medart_core.objectives import diffusion_loss, discretized_log_likelihood
 
 T = torch.tensor([0, 1, 500, 999])
 
+# torch remembers its constructors at their first use under a device. If that is inside transformers' loading, which
+# replaces torch.linspace meanwhile, torch.linspace stays on the CPU from then on: so it is here, before any test.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def batch() -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
