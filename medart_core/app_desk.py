@@ -17,7 +17,7 @@ from PIL import Image
 from medart_core import app_page
 from medart_core.app_jobs import Job, Jobs, Outbox, Stopped
 from medart_core.app_orders import MOST_MODELS, SEEDS, DiTOrder, PixArtOrder, text_within, within
-from medart_core.app_root import Lora, Root
+from medart_core.app_root import Lora, Root, first_choice
 from medart_core.errors import UserError
 from medart_core.images import open_image
 
@@ -68,12 +68,10 @@ class Desk:
         return [lora for lora in self.root.loras() if lora.base is None or Path(lora.base).name == self.model]
 
     def lists(self) -> app_page.Lists:
-        """What lies in the folder now; the first models are a run with HLDF and its twin without, if there are any."""
+        """What lies in the folder now."""
         loras = self.loras()
-        twins = {lora.name: lora.name.removesuffix("/without_hldf") for lora in loras if not lora.hldf}
-        [first, *_] = [*([twin, run] for twin, run in twins.items() if run != twin), [lora.name for lora in loras[:1]]]
         models = [(BASE, BASE), *((lora.title, lora.name) for lora in loras)]
-        return app_page.Lists(models, [BASE, *first], self.root.checkpoints(), self.root.reports())
+        return app_page.Lists(models, [BASE, *first_choice(loras)], self.root.checkpoints(), self.root.reports())
 
     def found(self) -> tuple[Any, ...]:
         """The lists anew: of models, of checkpoints with the two panels of their tab, of folders to open."""

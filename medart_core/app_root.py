@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from medart_core.errors import UserError
 DEPTH = 5  # folders below the root that are looked into: results/demo-dit/600-steps-seed-0/000-DiT-S-4 and one more
 NOT_LOOKED_INTO = {"dataset", "samples", "tensorboard", numbered_runs.FOLDER}
 ADAPTERS = ("transformer_lora/adapter_config.json", "text_encoder_lora/adapter_config.json")
+WITHOUT_HLDF = r"[/-]without[_-]hldf$"  # what is added to a run's name for its twin
 LOG, REPORT = "log.jsonl", "report.json"
 MARKS = (REPORT, LOG, "samples.csv")  # of what the report tab can open
 
@@ -31,6 +33,16 @@ class Lora(NamedTuple):
     def title(self) -> str:
         steps = f", {self.steps} steps" if self.steps else ""
         return f"{'with' if self.hldf else 'without'} HLDF{steps} ({self.name})"
+
+
+def first_choice(loras: Sequence[Lora]) -> list[str]:
+    """Names of a run without HLDF and of its twin with it, as the demo and nano/ have them; else of the first LoRA."""
+    names = [lora.name for lora in loras]
+    for lora in loras:
+        twin = re.sub(WITHOUT_HLDF, "", lora.name)
+        if not lora.hldf and twin != lora.name and twin in names:
+            return [lora.name, twin]
+    return names[:1]
 
 
 @dataclass(frozen=True)

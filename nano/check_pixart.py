@@ -4,7 +4,7 @@
 
 Trains a small classifier on the real photographs of the six classes at 32 px (kept in dataset/.nano/), states its
 accuracy on held-out photographs, samples 200 images at CFG 4.5 and writes nano/records/pixart-check.json and
-nano/samples.png.
+nano/samples.jpg.
 """
 
 import argparse
@@ -129,8 +129,8 @@ def main() -> None:
     rows = [
         [Image.fromarray(drawn[i]) for i in np.flatnonzero(asked.numpy() == c)[:8]] for c in range(len(PHOTO_CLASSES))
     ]
-    image_grid(rows, row_names=[PROMPT.format(name) for name in PHOTO_CLASSES]).save(HERE / "samples.png")
-    print(json.dumps(record), f"grid in {HERE / 'samples.png'}", sep="\n")
+    image_grid(rows, row_names=[PROMPT.format(name) for name in PHOTO_CLASSES]).save(HERE / "samples.jpg", quality=92)
+    print(json.dumps(record), f"grid in {HERE / 'samples.jpg'}", sep="\n")
 
 
 if __name__ == "__main__":

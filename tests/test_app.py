@@ -27,7 +27,7 @@ from medart_core import app_report, lora, lora_file, pretrained
 from medart_core.app_drawing import Studio
 from medart_core.app_jobs import Jobs, Outbox, Stopped
 from medart_core.app_orders import DiTOrder, PixArtOrder
-from medart_core.app_root import Root
+from medart_core.app_root import Root, first_choice
 from medart_core.errors import UserError
 from medart_core.sampling import sample_images
 from models import DiT_models
@@ -207,6 +207,10 @@ def test_loras_and_checkpoints_are_found(root, tiny_lora):
         (run / "checkpoints" / f"{step:07d}.pt").touch()
     [found] = root.loras()
     assert (found.name, found.hldf, found.title) == ("a/lora", False, "without HLDF (a/lora)")
+    assert first_choice([]) == [] and first_choice([found]) == ["a/lora"]
+    for twin in ("nano/x-without-hldf", "nano/x/without_hldf"):
+        there = [found._replace(name=name, hldf=name == "nano/x") for name in ("a/lora", twin, "b", "nano/x")]
+        assert first_choice(there) == [twin, "nano/x"]
     assert root.checkpoints() == [("000-DiT-S-4, step 10 (b)", "b/000-DiT-S-4/checkpoints/0000010.pt")]
     assert replace(root, given="results").told("a/lora") == "results/a/lora"
 

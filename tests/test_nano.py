@@ -16,6 +16,7 @@ from medart_core.sampling import sample_images
 
 ROOT = Path(__file__).resolve().parents[1]
 NANO = ROOT / "nano" / "pixart"
+LORAS = ("lora-chest-xray", "lora-chest-xray-without-hldf")
 
 
 def megabytes(folder: Path) -> float:
@@ -24,7 +25,8 @@ def megabytes(folder: Path) -> float:
 
 def test_sizes():
     assert megabytes(NANO) <= 18
-    assert megabytes(ROOT / "nano" / "lora-chest-xray") <= 1.5
+    for name in LORAS:
+        assert megabytes(ROOT / "nano" / name) <= 1.5
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,9 @@ def test_the_vae_keeps_x_rays(model, x_rays):
     assert np.mean(values) > 27
 
 
-def test_the_bundled_lora_makes_the_base_grey(model):
+@pytest.mark.parametrize("name", LORAS)
+def test_a_bundled_lora_makes_the_base_grey(name):
+    model = pretrained.load(None, torch.float32, torch.device("cpu"))
     prompt, seeds = ["A chest X-ray image of normal lungs"] * 2, [0, 1]
 
     def chroma() -> float:
@@ -71,7 +75,7 @@ def test_the_bundled_lora_makes_the_base_grey(model):
         return (images.amax(dim=-1) - images.amin(dim=-1)).mean().item()
 
     base = chroma()
-    adapters = lora_file.read(ROOT / "nano" / "lora-chest-xray")
+    adapters = lora_file.read(ROOT / "nano" / name)
     lora_file.apply(model, adapters)
     assert chroma() < base / 2
     assert lora_file.base_model(adapters) == "nano/pixart"
