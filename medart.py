@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+import medart_core  # noqa: F401  before diffusers_grad: it keeps bitsandbytes from warning of what is not used
 from diffusers_grad import decode_latents, sample_latents
 from medart_core import (
     checkpoint,

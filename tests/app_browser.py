@@ -1,6 +1,7 @@
 """The web demo in a real headless Chromium, to be tested, and to be photographed for the README.
 
-python tests/app_browser.py img      img/app-desktop.png and img/app-phone.png of the runs that lie in the project
+python tests/app_browser.py img      img/app-desktop.png and img/app-phone.png of the runs that lie in the project, and
+                                     img/report.png, the page that make demo ends with
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 X_RAY = ROOT / "tests" / "data" / "person1018_bacteria_2949.jpeg"
+REPORT = ROOT / "medart" / "evaluation" / "report.html"
 TABS = ("Generate", "Class-conditional", "Caption", "Report")
 PATIENCE = 300  # seconds, on a machine that is busy otherwise
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -144,8 +146,13 @@ def photograph(page: Any) -> list[Image.Image]:
             page.wait_for_selector("#figures table")
         page.wait_for_timeout(1500)  # what slides and fades in
         page.evaluate("window.scrollTo(0, 0)")
-        pictures.append(Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB"))
+        pictures.append(photographed(page))
     return pictures
+
+
+def photographed(page: Any) -> Image.Image:
+    """All of a page, from its top to its end."""
+    return Image.open(io.BytesIO(page.screenshot(full_page=True))).convert("RGB")
 
 
 def sheet(pictures: list[Image.Image], columns: int, height: int, scale: float) -> Image.Image:
@@ -166,12 +173,19 @@ def main() -> None:
     folder = Path(sys.argv[1])
     if reason := missing():
         sys.exit(f"error: {reason}")
+    if not REPORT.is_file():
+        sys.exit(f"error: there is no {REPORT}: make demo")
     views = (("desktop", DESKTOP, 2, 930, 0.5), ("phone", PHONE, 4, 1240, 0.75))
     with served() as url, browser() as opened:
         for name, size, columns, height, scale in views:
             file = folder / f"app-{name}.png"
             sheet(photograph(open_page(opened, url, size)), columns, height, scale).save(file, optimize=True)
             print(file)
+        page = opened.new_page(viewport=DESKTOP)
+        page.goto(REPORT.as_uri())
+        file = folder / "report.png"
+        sheet([photographed(page)], 1, 1500, 0.6).save(file, optimize=True)
+        print(file)
 
 
 if __name__ == "__main__":
