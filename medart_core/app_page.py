@@ -57,7 +57,7 @@ Do not upload pictures of patients that must not leave your machine, unless this
 NOTHING_YET = '<p class="nothing">Pictures appear here.</p>'
 NO_DIT = (
     "There is no checkpoint of a class-conditional DiT below the folder of this page. "
-    "Make one in 6 minutes with `make demo-dit`, then load this page again."
+    "Make one with `make demo-dit`, in minutes, then load this page again."
 )
 
 

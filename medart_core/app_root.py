@@ -111,12 +111,13 @@ class Root:
         return sorted(found, key=lambda lora: (lora.hldf, lora.name))
 
     def checkpoints(self) -> list[tuple[str, str]]:
-        """Title and name of the newest DiT checkpoint of each run of train.py."""
+        """Title and name of the last DiT checkpoint of each run of train.py, the newest file first."""
         runs = [folder for folder in self._folders() if (folder / numbered_runs.FOLDER).is_dir()]
-        newest = [(run, steps[-1]) for run in runs if (steps := numbered_runs.steps(run))]
+        last = [(run, steps[-1]) for run in runs if (steps := numbered_runs.steps(run))]
+        last.sort(key=lambda found: numbered_runs.file_of(*found).stat().st_mtime, reverse=True)
         return [
             (f"{run.name}, step {step} ({self._name(run.parent)})", self._name(numbered_runs.file_of(run, step)))
-            for run, step in newest
+            for run, step in last
         ]
 
     def checkpoint(self, name: str | None) -> Path:

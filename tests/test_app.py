@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import urllib.request
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import app_browser
 import numpy as np
@@ -200,18 +202,22 @@ def test_reports(root):
 def test_loras_and_checkpoints_are_found(root, tiny_lora):
     shutil.copytree(tiny_lora, root.path / "a" / "lora")
     shutil.copytree(tiny_lora, root.path / "a" / "lora" / "checkpoint-5")
-    run = root.path / "b" / "000-DiT-S-4"
-    (run / "checkpoints").mkdir(parents=True)
-    for step in (5, 10):
-        (run / "checkpoints" / f"{step:07d}-manifest.json").touch()
-        (run / "checkpoints" / f"{step:07d}.pt").touch()
+    for changed, (folder, step) in enumerate([("b", 5), ("b", 10), ("c", 5)]):
+        kept = root.path / folder / "000-DiT-S-4" / "checkpoints"
+        kept.mkdir(parents=True, exist_ok=True)
+        (kept / f"{step:07d}-manifest.json").touch()
+        (kept / f"{step:07d}.pt").touch()
+        os.utime(kept / f"{step:07d}.pt", (changed, changed))
     [found] = root.loras()
     assert (found.name, found.hldf, found.title) == ("a/lora", False, "without HLDF (a/lora)")
     assert first_choice([]) == [] and first_choice([found]) == ["a/lora"]
     for twin in ("nano/x-without-hldf", "nano/x/without_hldf"):
         there = [found._replace(name=name, hldf=name == "nano/x") for name in ("a/lora", twin, "b", "nano/x")]
         assert first_choice(there) == [twin, "nano/x"]
-    assert root.checkpoints() == [("000-DiT-S-4, step 10 (b)", "b/000-DiT-S-4/checkpoints/0000010.pt")]
+    assert root.checkpoints() == [
+        ("000-DiT-S-4, step 5 (c)", "c/000-DiT-S-4/checkpoints/0000005.pt"),
+        ("000-DiT-S-4, step 10 (b)", "b/000-DiT-S-4/checkpoints/0000010.pt"),
+    ]
     assert replace(root, given="results").told("a/lora") == "results/a/lora"
 
 
@@ -428,7 +434,8 @@ def test_without_a_dit_the_page_says_how_to_get_one(page, folder, url):
 @in_chromium
 def test_the_server_gives_no_file_away(url, folder):
     for path in (folder / "inside.txt", folder.parent / "secret.txt", ROOT / "README.md", Path("/etc/passwd")):
-        for way in (f"{path}", f"..{path}", f"{folder}/../{path.name}", f"{path}".replace("/", "%2f")):
+        ways = [f"{path}", f"..{path}", f"{folder}/../{path.name}"]
+        for way in (*map(quote, ways), quote(str(path), safe="")):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(f"{url}/gradio_api/file={way}")
             assert refused.value.code in (403, 404)
