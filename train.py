@@ -18,6 +18,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+import medart_core  # noqa: F401  before diffusers_grad: it keeps bitsandbytes from warning of what is not used
 from diffusers_grad.attention import attend
 from medart_core import checkpoint, devices, dit_checkpoint, dit_data, numbered_runs, stopping
 from medart_core.dit_data import Source, training_batches
@@ -174,8 +175,8 @@ def main(preset: str | None = None) -> int:
         code = train(run, source, held_out, opts, state, dtype, max_steps, log)
         if first and not code:
             checkpoint.finish(folder, run.step)
-            file = numbered_runs.file_of(folder, run.step)
-            say(f"finished; try: python sample.py --model {opts.model} --image-size {source.image_size} --ckpt {file}")
+            what = f"--model {opts.model} --image-size {source.image_size}"
+            say(f'finished; try: python sample.py {what} --ckpt "{numbered_runs.file_of(folder, run.step)}"')
         elif first:
             say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
     return code

@@ -68,7 +68,7 @@ class RunLog(Entries):
     def model_card(self, base: str, settings: Mapping, step: int) -> None:
         """Write README.md: what was trained on what, with which options, and how to use it."""
         title = f"PixArt-alpha LoRA, {step} steps{'' if self.opts.no_hldf else ' with HLDF'}"
-        usage = [f'python sample.py --lora {self.folder} --prompt "{self.prompts[0]}"']
+        usage = [f'python sample.py --lora "{self.folder}" --prompt "{self.prompts[0]}"']
         grid = f"samples/step-{step:06d}.png" if self.opts.num_validation_images else None
         card = model_card.text(title, {**settings, "base": base}, step, usage, grid=grid)
         (self.folder / "README.md").write_text(card, encoding="utf-8")

@@ -38,7 +38,7 @@ from ablation_rows import (
     STEPS,
     Row,
 )
-from recipe import ROOT
+from scripts import ROOT
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))

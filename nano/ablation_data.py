@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from recipe import ROOT
+from scripts import ROOT
 
 sys.path.insert(0, str(ROOT))
 from medart_core.sources import sha256_of

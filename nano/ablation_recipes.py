@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from ablation_data import balanced_numbers, labels_of
 from ablation_rows import DIT, PIXELS, Row
-from recipe import ROOT, arguments
+from recipe import arguments
+from scripts import ROOT
 
 sys.path.insert(0, str(ROOT))
 from medart_core.metadata import NO_CAPTIONS

@@ -6,44 +6,37 @@ Options that it does not know go to evaluate.py.
 """
 
 import argparse
-import subprocess
 import sys
 from pathlib import Path
+
+from scripts import ROOT, call, named
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import sources
 from medart_core.errors import exit_codes
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "dataset" / "chest-xray"
 LORA = ROOT / "nano" / "lora-chest-xray"
 IMAGES = 200
 
 
-def run(script: str, *arguments: object, may_fail: bool = False) -> None:
-    """A script of the project in a process of its own. Raises SystemExit with its exit code."""
-    code = subprocess.run([sys.executable, str(ROOT / script), *map(str, arguments)]).returncode
-    if code and not may_fail:
-        sys.exit(code)
-
-
 def draw(lora: Path, folder: Path, images: int, column: str, *more: object) -> Path:
     """Images for the test split's captions, all classes alike; returns their folder."""
     prompts = ["--metadata", DATA / "test", "--caption-column", column, "--balanced"]
-    run("sample_ddp.py", "--lora", lora, *prompts, "--num-fid-samples", images, "--sample-dir", folder, *more)
+    call("sample_ddp.py", "--lora", lora, *prompts, "--num-fid-samples", images, "--sample-dir", folder, *more)
     return max(folder.glob("*.npz"), key=lambda file: file.stat().st_mtime).with_suffix("")
 
 
 def evaluate(generated: Path, out: Path, *more: object) -> Path:
     """Returns the page to look at; FID's network is fetched if it can be, else the report says what is missing."""
     if not sources.INCEPTION_FILE.is_file():
-        run("prepare.py", "inception", may_fail=True)
+        call("prepare.py", "inception", fine=(0, 2))
     judge = out.with_name("classifier.safetensors")
     if not judge.is_file():
-        run("evaluate.py", "fit-extractor", "--train", DATA / "train", "--out", judge)
+        call("evaluate.py", "fit-extractor", "--train", DATA / "train", "--out", judge)
     if not (out / "report.json").is_file():
         sets = ["--generated", generated, "--real", DATA / "test", "--train", DATA / "train"]
-        run("evaluate.py", *sets, "--extractor", judge, "--out", out, *more)
+        call("evaluate.py", *sets, "--extractor", judge, "--out", out, *more)
     return out / "report.html"
 
 
@@ -55,9 +48,9 @@ def main() -> None:
     parser.add_argument("--caption-column", default="simple_text", help="of the test split (default simple_text)")
     parser.add_argument("--cfg-scale", type=float, default=4.5, help="guidance (default 4.5)")
     options, more = parser.parse_known_args()
-    scale = ("--cfg-scale", options.cfg_scale)
-    generated = draw(options.lora, options.out / "generated", options.images, options.caption_column, *scale)
-    print(f"look at {evaluate(generated, options.out / 'evaluation', *more)}")
+    lora, out, scale = options.lora.resolve(), options.out.resolve(), ("--cfg-scale", options.cfg_scale)
+    generated = draw(lora, out / "generated", options.images, options.caption_column, *scale)
+    print(f"look at {named(evaluate(generated, out / 'evaluation', *more))}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from assessment import draw, evaluate
 from PIL import Image
-from recipe import OPTIONS, ROOT, describe, finetune
+from recipe import OPTIONS, describe, finetune
+from scripts import ROOT, named
 
 sys.path.insert(0, str(ROOT))
 from medart_core import devices, lora_file, pretrained, training_data
@@ -136,7 +137,7 @@ def main() -> None:
     if options.summary:
         return summary(options.summary)
     steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
-    with_hldf: Path = options.out or ROOT / ("results/quick-demo" if options.quick else "medart")
+    with_hldf: Path = (options.out or ROOT / ("results/quick-demo" if options.quick else "medart")).resolve()
     without_hldf, column = with_hldf / "without_hldf", COLUMNS[options.captions]
 
     start = time.perf_counter()
@@ -170,7 +171,8 @@ def main() -> None:
     }
     (with_hldf / "demo.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    print(f"runs, logs and samples: {with_hldf} and {without_hldf}; picture: {with_hldf / 'demo.png'}")
+    drawn = named(with_hldf / "demo.png")
+    print(f"runs, logs and samples: {named(with_hldf)} and {named(without_hldf)}; picture: {drawn}")
 
     if not options.no_evaluation:
         count = QUICK_DRAWN if options.quick else DRAWN
@@ -178,7 +180,7 @@ def main() -> None:
         generated = draw(with_hldf, with_hldf / "generated", count, column)
         quick = ["--no-patients", "--resamples", 20] if options.quick else []
         page = evaluate(generated, with_hldf / "evaluation", "--utility-seeds", 1, *quick)
-        print(f"open {page} in a browser; picture: {with_hldf / 'demo.png'}")
+        print(f"open {named(page)} in a browser; picture: {drawn}")
 
 
 if __name__ == "__main__":

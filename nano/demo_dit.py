@@ -8,14 +8,13 @@ Every stage is one of the scripts, as a user would call it. Run it again after a
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scripts import ROOT, call, named
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import numbered_runs
@@ -25,7 +24,6 @@ from medart_core.labelled_images import find
 from medart_core.pictures import image_grid
 from medart_core.sampling import to_uint8
 
-ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "dataset" / "chest-xray"
 MODEL, SIZE, STEPS, CFG_SCALE, SAMPLING_STEPS = "DiT-S/4", 128, 1200, 2.0, 25
 PROCESSES = 2
@@ -43,16 +41,6 @@ TRAINING = {
     "num-sampling-steps": SAMPLING_STEPS,
     "cfg-scale": CFG_SCALE,
 }
-
-
-def call(script: str, *arguments: str, processes: int = 1) -> None:
-    """Run a script of the project, under torchrun for more than one process; ends with its exit code if it fails."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
-    environment = os.environ | ({"OMP_NUM_THREADS": "1"} if processes > 1 else {})
-    print(f"\n$ {script} {' '.join(arguments)}", flush=True)
-    done = subprocess.run([sys.executable, *launcher, str(ROOT / script), *arguments], cwd=ROOT, env=environment)
-    if done.returncode:
-        sys.exit(done.returncode)
 
 
 def flags(**values) -> list[str]:
@@ -128,7 +116,7 @@ def main() -> None:
     }
     (out / "demo-dit.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    print(f"picture: {out / 'demo-dit.png'}; images: {archive}")
+    print(f"picture: {named(out / 'demo-dit.png')}; images: {named(archive)}")
 
 
 if __name__ == "__main__":

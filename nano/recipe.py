@@ -1,17 +1,17 @@
 """The recipe of the demo, of the colour table and of the bundled LoRA: one set of options for medart.py."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from scripts import call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import checkpoint
 from medart_core.caption_report import TOO_MANY_FELL_BACK
 from medart_core.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = {
     "caption_column": "simple_text",  # VSG.py overwrites the column `text`
     "no_hldf": False,
@@ -43,19 +43,12 @@ def arguments(output_dir: Path, options: dict[str, Any]) -> list[str]:
 
 
 def describe(data_dir: Path, *flags: str) -> None:
-    """Run VSG.py in a process of its own; an interrupted run goes on, a finished one is taken.
-
-    Raises:
-        SystemExit: with VSG.py's exit code, when it failed. That many images fell back (3) is only worth a look.
-    """
-    script = [sys.executable, str(ROOT / "VSG.py"), f"--data-dir={data_dir}", *flags]
-    code = subprocess.run(script).returncode
-    if code not in (0, TOO_MANY_FELL_BACK):
-        sys.exit(code)
+    """Run VSG.py; an interrupted run goes on, a finished one is taken. Raises SystemExit when it failed."""
+    call("VSG.py", f"--data-dir={data_dir}", *flags, fine=(0, TOO_MANY_FELL_BACK))  # that is only worth a look
 
 
 def finetune(output_dir: Path, steps: int, seed: int, **changes) -> None:
-    """Run medart.py in a process of its own, unless that run is finished; an interrupted one goes on.
+    """Run medart.py, unless that run is finished; an interrupted one goes on.
 
     Raises:
         UserError: naming the options that differ, when another run is finished there.
@@ -73,7 +66,4 @@ def finetune(output_dir: Path, steps: int, seed: int, **changes) -> None:
             )
         print(f"{output_dir} is finished already", flush=True)
         return
-    script = [sys.executable, str(ROOT / "medart.py")]
-    code = subprocess.run([*script, *arguments(output_dir, options)]).returncode
-    if code:
-        sys.exit(code)
+    call("medart.py", *arguments(output_dir, options))

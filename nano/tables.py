@@ -16,7 +16,7 @@ from statistics import mean, stdev
 from typing import Any, TypeAlias
 
 from ablation_rows import COLOUR, PLAN, ROWS, XRAY
-from recipe import ROOT
+from scripts import ROOT
 
 sys.path.insert(0, str(ROOT))
 from medart_core.errors import UserError, exit_codes

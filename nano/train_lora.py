@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 from assessment import IMAGES, draw, evaluate
-from recipe import ROOT, finetune
+from recipe import finetune
 from safetensors.torch import load_file, save_file
+from scripts import ROOT
 
 sys.path.insert(0, str(ROOT))
 from medart_core.checkpoint import FINISHED
