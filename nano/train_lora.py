@@ -25,6 +25,7 @@ from medart_core.checkpoint import FINISHED
 from medart_core.errors import exit_codes
 
 KINDS = {"with-hldf": "lora-chest-xray", "without-hldf": "lora-chest-xray-without-hldf"}
+RECORDS = ROOT / "nano" / "records"
 SCALES = (4.5, 2.0)  # of guidance: the scripts' default, and what is better here
 CARD = """# LoRA of nano/pixart for chest X-rays
 
@@ -75,7 +76,7 @@ def main() -> None:
             generated = draw(target, run / f"cfg-{scale}", IMAGES, "simple_text", "--cfg-scale", scale)
             page = evaluate(generated, run / f"evaluation-cfg-{scale}")
             record[f"guidance {scale}"] = figures_of(page.with_name("report.json"))
-        (ROOT / "nano" / "records" / f"{run.name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        (RECORDS / f"{run.name}.json").write_text(json.dumps(record, indent=2) + "\n")
         size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) / 1e6
         print(json.dumps({"lora": run.name, "steps": options.steps, "megabytes": round(size, 2)}))
 
