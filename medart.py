@@ -36,7 +36,7 @@ from medart_core import (
     devices,
     full_size,
     latents,
-    lora,
+    lora_layers,
     plan,
     pretrained,
     stopping,
@@ -86,7 +86,7 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     """
     captions, keys = (batch[name][: opts.hldf_batch_size] for name in ("captions", "keys"))
     real = torch.stack([dataset.pixel_values(key) for key in keys]).to(model.vae.device)
-    before = lora.gradients(parameters)
+    before = lora_layers.gradients(parameters)
     pretrained.set_gradient_checkpointing(model, opts.hldf_checkpointing != "none")
     with merged(model.transformer, opts.hldf_merge_lora):
         with accelerator.autocast():
@@ -97,7 +97,7 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
         if loss.requires_grad:
             (weight * loss).backward()
     pretrained.set_gradient_checkpointing(model, opts.gradient_checkpointing)
-    grad_norm = lora.gradients(parameters).sub_(before).norm()
+    grad_norm = lora_layers.gradients(parameters).sub_(before).norm()
     if grad_norm == 0:
         raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
     return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated, real, *masks)}

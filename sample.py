@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from medart_core import devices, dit_checkpoint, dit_sampling, lora_file, pretrained, sample_folder, tuned_model
+from medart_core import devices, dit_checkpoint, dit_sampling, lora, pretrained, sample_folder, tuned_model
 from medart_core.checkpoint import FINISHED
 from medart_core.errors import UserError, exit_codes
 from medart_core.medart_options import image_sides, resolution
@@ -155,7 +155,7 @@ def merge(options: argparse.Namespace) -> None:
         raise UserError("--merge has nothing to merge; give --lora")
     if options.merge.exists() and (options.merge.is_file() or any(options.merge.iterdir())):
         raise UserError(f"{options.merge} is not an empty folder; choose another --merge, or remove it")
-    lora_file.merge(load_pixart(options, torch.float32, torch.device("cpu")), options.merge)
+    lora.merge(load_pixart(options, torch.float32, torch.device("cpu")), options.merge)
     names = " and ".join(map(str, options.lora))
     print(f"{names} merged: PixArtAlphaPipeline.from_pretrained({str(options.merge)!r}) loads it")
 

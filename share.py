@@ -13,7 +13,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from medart_core import checkpoint, lora_file, model_card, tuned_model
+from medart_core import checkpoint, lora, model_card, tuned_model
 from medart_core.errors import UserError, exit_codes
 from medart_core.options import Parser
 
@@ -45,21 +45,21 @@ def parse_options() -> argparse.Namespace:
 
 def write_folder(options: argparse.Namespace, out: Path) -> None:
     """The LoRA's files, the grid and the card."""
-    adapters = lora_file.read(options.lora)
-    settings = tuned_model.run_settings(options.lora) | {"base": lora_file.base_model(adapters) or "not recorded"}
+    adapters = lora.read(options.lora)
+    settings = tuned_model.run_settings(options.lora) | {"base": lora.base_model(adapters) or "not recorded"}
     table = model_card.evaluation_lines(options.evaluation) if options.evaluation else ()
     grids = sorted((options.lora / "samples").glob("step-*.png"))
     grid = options.grid or (grids[-1] if grids else None)
     if grid and not grid.is_file():
         raise UserError(f"--grid {grid} does not exist; give a picture, or leave it out")
     out.mkdir(parents=True, exist_ok=True)
-    lora_file.export(options.lora, out / lora_file.FILE_NAME)
+    lora.export(options.lora, out / lora.FILE_NAME)
     if not any(adapter.config.use_dora for adapter in adapters.values()):  # which ComfyUI reads otherwise
-        lora_file.export(options.lora, out / COMFYUI, layout="comfyui")
+        lora.export(options.lora, out / COMFYUI, layout="comfyui")
     if grid:
         shutil.copyfile(grid, out / GRID)
     prompt = (settings.get("prompts") or settings.get("validation_prompt") or ["..."])[0]
-    usage = [f'python sample.py --lora {lora_file.FILE_NAME} --prompt "{prompt}"']
+    usage = [f'python sample.py --lora {lora.FILE_NAME} --prompt "{prompt}"']
     card = model_card.text(
         options.title or out.name.removeprefix("shared-"),
         settings,

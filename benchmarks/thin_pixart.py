@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from diffusers_grad import attention
-from medart_core import compilation, devices, lean_lora, lora, pretrained
+from medart_core import compilation, devices, lean_lora, lora_layers, pretrained
 from medart_core.latents import encode_moments
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,9 +100,12 @@ def make_trainer(
     model = pretrained.load(folder, dtype, device)
     pretrained.set_gradient_checkpointing(model, checkpointing)
     torch.manual_seed(1)
-    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, rank=8)
-    model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=8)
-    parameters = [*lora.trainable_parameters(model.transformer), *lora.trainable_parameters(model.text_encoder)]
+    model.transformer = lora_layers.attach(model.transformer, lora_layers.TRANSFORMER_TARGETS, rank=8)
+    model.text_encoder = lora_layers.attach(model.text_encoder, lora_layers.TEXT_ENCODER_TARGETS, rank=8)
+    parameters = [
+        *lora_layers.trainable_parameters(model.transformer),
+        *lora_layers.trainable_parameters(model.text_encoder),
+    ]
     for parameter in parameters:
         nn.init.normal_(parameter, std=0.02)
     if not lean:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from medart_core import devices, dit_checkpoint, dit_sampling, lora_file, pretrained, text, tuned_model
+from medart_core import devices, dit_checkpoint, dit_sampling, lora, pretrained, text, tuned_model
 from medart_core.app_orders import DiTOrder, PixArtOrder
 from medart_core.sampling import sample_images
 
@@ -57,12 +57,12 @@ class Studio:
         """How many tokens of a prompt the model does not read."""
         return max(0, text.count_tokens(self.pixart.tokenizer, [prompt])[0] - text.MAX_TOKENS)
 
-    def draw(self, order: PixArtOrder, lora: Path | None, on_step: OnStep) -> Image.Image:
+    def draw(self, order: PixArtOrder, tuned: Path | None, on_step: OnStep) -> Image.Image:
         """The picture that sample.py draws with the same seed."""
-        settings = tuned_model.run_settings(lora) if lora else {}
-        adapters = lora_file.read(lora) if lora else {}
+        settings = tuned_model.run_settings(tuned) if tuned else {}
+        adapters = lora.read(tuned) if tuned else {}
         with (
-            lora_file.applied(self.pixart, adapters, order.strength),
+            lora.applied(self.pixart, adapters, order.strength),
             before_each_call(self.pixart.transformer, on_step),
         ):
             [pixels] = sample_images(

@@ -1,196 +1,287 @@
-"""Low-rank adapters of the transformer and of T5: where they sit, how they are attached, saved and loaded."""
+"""One LoRA for everyone: a single file to pass on, loading into a stock pipeline, merging into a pipeline folder.
+
+    from medart_core import lora
+    lora.load(pipeline, "medart")  # a stock PixArtAlphaPipeline; a run's folder, a checkpoint or a single file
+
+The file holds plain updates, W + B A: the scale is multiplied into B, so that readers of alpha and readers that take
+alpha for the rank agree. Its header holds the configuration as diffusers writes it: JSON under
+`lora_adapter_metadata`, names prefixed by the part. Two layouts, which differ in the text encoder's prefix only:
+
+- `diffusers`: `transformer.` and `text_encoder.` before PEFT's names, as diffusers saves the LoRA of those pipelines
+  that have a loader (PixArt's has none). OneTrainer reads it, DoRA included, to train the same layers at that rank:
+  https://github.com/Nerogar/OneTrainer/blob/221092c0e8cbe64f704cdd876325b5854cb17e38/modules/util/load_lora_util.py
+- `comfyui`: ComfyUI maps the same transformer names for PixArt, but calls the text encoder by its place there:
+  https://github.com/Comfy-Org/ComfyUI/blob/ec93dcacb96b922f7cb1417b3ba22bccb082df32/comfy/lora.py
+  https://github.com/Comfy-Org/ComfyUI/blob/b3be02d6e766a8d3743dcf99cc967118f3ec8e3e/comfy/utils.py
+"""
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from diffusers import PixArtAlphaPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from medart_core import lean_lora
+from medart_core import lean_lora, lora_layers, lora_layouts
 from medart_core.errors import UserError
+from medart_core.pretrained import PARTS
 
-TRANSFORMER_FOLDER = "transformer_lora"
-TEXT_ENCODER_FOLDER = "text_encoder_lora"
-
-# The layers that the paper's code adapts: every projection of the blocks, and the embedders around them.
-# https://github.com/clguo/medart/blob/9647a926b1/medart.py#L522-L541 (its "proj_in" exists nowhere in PixArt)
-TRANSFORMER_TARGETS = (
-    "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
-    "proj", "proj_out", "linear", "linear_1", "linear_2",
-)  # fmt: skip
-# T5 v1.1 has a gated feed-forward, wi_0 and wi_1; the name "wi" of the original T5 would match nothing.
-TEXT_ENCODER_TARGETS = ("q", "k", "v", "o", "wi_0", "wi_1", "wo")
+FILE_NAME = "pytorch_lora_weights.safetensors"
+FOLDERS = (lora_layers.TRANSFORMER_FOLDER, lora_layers.TEXT_ENCODER_FOLDER)
+LAYOUTS = {
+    "diffusers": {"transformer": "transformer", "text_encoder": "text_encoder"},
+    "comfyui": {"transformer": "transformer", "text_encoder": "text_encoders.t5xxl.transformer"},
+}
+CONFIG = ("r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora", "base_model_name_or_path")
+TENSORS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight")
 
 
-def lora_config(
-    targets: tuple[str, ...],
-    rank: int,
-    lora_alpha: float | None = None,
-    use_dora: bool = False,
-    use_rslora: bool = False,
-) -> LoraConfig:
-    """A Gaussian-initialised LoRA without dropout.
+@dataclass
+class Adapter:
+    """The LoRA of one part of a pipeline; tensors by PEFT's names, from the part's root: `proj_out.lora_A.weight`."""
 
-    `lora_alpha` defaults to the rank. The update's scale is lora_alpha / rank, with `use_rslora` lora_alpha /
-    sqrt(rank) (arXiv:2312.03732); `use_dora` trains the rows' norms apart from their directions (arXiv:2402.09353).
+    config: LoraConfig
+    tensors: dict[str, Tensor]
+
+
+def read(path: str | Path) -> dict[str, Adapter]:
+    """The adapters of a run, a checkpoint or a single file, by part: `transformer`, `text_encoder`.
+
+    A file may have any layout of `lora_layouts`.
+
+    Raises:
+        UserError: if there are none, or the file is damaged or holds something else.
     """
+    path = Path(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    if file.is_file() and not any((path / name / "adapter_config.json").is_file() for name in FOLDERS):
+        return _read_file(file)
+    folders = zip(("transformer", "text_encoder"), lora_layers.find(path), strict=True)
+    return {part: _read_folder(folder) for part, folder in folders if folder}
+
+
+def _read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A safetensors file's tensors, and the LoRA's configuration in its header (empty where there is none)."""
+    try:
+        with safe_open(file, "pt") as content:
+            metadata = json.loads((content.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+        return load_file(file), metadata
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"cannot read {file}: {error}; export or download the LoRA again") from error
+
+
+def _read_folder(folder: Path) -> Adapter:
+    tensors, _ = _read_tensors(folder / "adapter_model.safetensors")
+    names = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+    # PEFT's files leave out the last word of DoRA's magnitudes.
+    tensors = {f"{name}.weight" if name.endswith("_vector") else name: tensor for name, tensor in names.items()}
+    return Adapter(LoraConfig.from_pretrained(str(folder)), tensors)  # type: ignore[arg-type]
+
+
+def _read_file(file: Path) -> dict[str, Adapter]:
+    tensors, metadata = _read_tensors(file)
+    parts = lora_layouts.to_peft(tensors, file)
+    return {part: Adapter(_config(file, names, part, metadata), names) for part, names in parts.items()}
+
+
+def _config(file: Path, tensors: dict[str, Tensor], part: str, metadata: dict[str, Any]) -> LoraConfig:
+    """What PEFT needs to know: layers and rank from the tensors, the rest from the header where there is one."""
+    downs = {name.removesuffix(TENSORS[0]): tensor for name, tensor in tensors.items() if name.endswith(TENSORS[0])}
+    ranks = {tensor.shape[0] for tensor in downs.values()}
+    if len(ranks) != 1:
+        raise UserError(f"{file} holds the ranks {sorted(ranks)} in the {part}; only one is read here")
+    rank = ranks.pop()
     return LoraConfig(
         r=rank,
-        lora_alpha=rank if lora_alpha is None else lora_alpha,  # type: ignore[arg-type]  # PEFT takes floats
-        init_lora_weights="gaussian",
-        target_modules=list(targets),
-        use_dora=use_dora,
-        use_rslora=use_rslora,
+        lora_alpha=metadata.get(f"{part}.lora_alpha", rank),
+        use_rslora=metadata.get(f"{part}.use_rslora", False),
+        use_dora=any(name.endswith(TENSORS[2]) for name in tensors),
+        base_model_name_or_path=metadata.get(f"{part}.base_model_name_or_path"),
+        target_modules=list(downs),
     )
 
 
-def attach(
-    model: nn.Module,
-    targets: tuple[str, ...],
-    rank: int,
-    lora_alpha: float | None = None,
-    base: str | None = None,
-    use_dora: bool = False,
-    use_rslora: bool = False,
-) -> PeftModel:
-    """Freeze `model` and put trainable fp32 adapters on `targets`; the base keeps its dtype.
-
-    `base` is the name of the pipeline that the adapters belong to, and is saved with them.
+def read_several(
+    paths: Sequence[str | Path], scale: float | Sequence[float] = 1.0
+) -> tuple[dict[str, Adapter], float]:
+    """The adapters of a LoRA and its strength; of several, each at its own strength or all at one, their sum and 1.
 
     Raises:
-        UserError: for DoRA on a quantised base: with bitsandbytes on the CPU, int8 fails at the second backward, and
-            NF4 does not begin as the base (peft 0.21, bitsandbytes 0.50).
+        UserError: if the strengths are neither one nor as many as the LoRAs, and as `read` and `add` do.
     """
-    if use_dora and getattr(model, "is_quantized", False):
-        raise UserError("DoRA needs an unquantised base; leave out --use_dora or the quantisation")
-    model.requires_grad_(False)
-    config = lora_config(targets, rank, lora_alpha, use_dora, use_rslora)
-    adapted = get_peft_model(model, config, autocast_adapter_dtype=True)  # type: ignore[arg-type]
-    adapted.peft_config["default"].base_model_name_or_path = base
-    if use_dora:
-        _measure_magnitudes(adapted)
-    lean_lora.enable(adapted)
-    return adapted  # type: ignore[return-value]
+    scales = [scale] if isinstance(scale, int | float) else list(scale)
+    scales = scales * len(paths) if len(scales) == 1 else scales
+    if len(scales) != len(paths):
+        raise UserError(f"{len(paths)} LoRAs have {len(scales)} strengths; give one for each, or one for all")
+    found = [read(path) for path in paths]
+    return (found[0], scales[0]) if len(found) == 1 else (add(found, scales), 1.0)
 
 
-def _measure_magnitudes(model: nn.Module) -> None:
-    """Set DoRA's magnitudes to the rows' norms in fp32: PEFT rounds them to the base's dtype.
+def add(adapters: Sequence[dict[str, Adapter]], scales: Sequence[float]) -> dict[str, Adapter]:
+    """Several LoRAs as one: the sum of their updates, each times its scale, exactly, at the sum of their ranks.
 
-    The forward divides by the fp32 norm, so on a bf16 base every row would begin up to 0.4 % off.
-    """
-    for layer in model.modules():
-        if isinstance(layer, LoraLayer):
-            weight: Any = layer.get_base_layer().weight.float()
-            magnitude: Any = layer.lora_magnitude_vector["default"]
-            magnitude.weight.data = magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
-
-
-def adapted_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that carry an adapter."""
-    return [name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")]
-
-
-def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The adapters' parameters, in the model's order."""
-    return (parameter for parameter in model.parameters() if parameter.requires_grad)
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors by parameter name: what a checkpoint keeps of a model."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def load_adapter_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Put the tensors of `adapter_state` back in place; names and shapes must agree exactly."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    if parameters.keys() != state.keys():
-        raise UserError(
-            "the checkpoint's adapters are not those of this model; resume with the options it was made with"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])
-
-
-def gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
-    """All gradients as one fp32 vector; a parameter without one counts as zeros."""
-    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in parameters])
-
-
-def fault(parameters: Sequence[nn.Parameter], losses: Sequence[Tensor]) -> Tensor:
-    """What is not finite in this process, on the device: 0 nothing, i + 1 loss i as the first, -1 the gradient alone.
-
-    A gradient whose norm overflows counts too: clipping would make zeros of it.
-    """
-    bad = ~torch.stack(list(losses)).isfinite()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return torch.where(bad.any(), bad.int().argmax() + 1, -(~norm.isfinite()).int())
-
-
-def average_gradients(
-    parameters: Sequence[nn.Parameter], losses: Sequence[Tensor], flag: bool = False
-) -> tuple[bool, list[int]]:
-    """Replace each gradient by its mean over the processes, in one message that carries two more words of each.
-
-    Returns whether any process raised `flag`, and every process's `fault`, the same everywhere: all of them stop, or
-    none. Done once per optimiser step and by hand, since DistributedDataParallel wants one forward for one backward:
-    HLDF has M forwards, and the micro-batches before it have backwards of their own.
-
-    Reading the faults is the one wait for the device in a step. It has to be: an update with a NaN cannot be undone,
-    and 8-bit Adam has no switch on the device that leaves one out. Of the host's lead it costs the launches of the
-    optimiser and of the next batch; the forward and backward passes are queued without a wait.
-    """
-    mine = fault(parameters, losses)
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return flag, [int(mine.item())]
-    rank, num_processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    words = torch.zeros(1 + num_processes, device=mine.device)
-    words[0], words[1 + rank] = float(flag), mine
-    message = torch.cat([gradients(parameters), words])
-    torch.distributed.all_reduce(message)
-    average, words = message.split([len(message) - len(words), len(words)])
-    chunks = average.div_(num_processes).split([p.numel() for p in parameters])
-    for parameter, chunk in zip(parameters, chunks, strict=True):
-        parameter.grad = chunk.view_as(parameter).to(parameter.dtype)
-    flags, *faults = words.tolist()
-    return flags > 0, [int(word) for word in faults]
-
-
-def save(model: nn.Module, folder: Path) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors`, as PEFT defines them; nothing without adapters."""
-    if isinstance(model, PeftModel):
-        # Embeddings are never trained here; "auto" would look for the base model's vocabulary on the hub.
-        model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-        file = folder / "adapter_config.json"
-        config = json.loads(file.read_text())
-        config["target_modules"] = sorted(config["target_modules"])  # PEFT writes a set, in another order each time
-        file.write_text(json.dumps(config, indent=2, sort_keys=True))
-
-
-def find(folder: Path) -> tuple[Path | None, Path | None]:
-    """The transformer's and the text encoder's adapter folders in a run's output folder.
+    A layer becomes W + B A with the As below one another and the scaled Bs side by side, zeros where a LoRA lacks it.
 
     Raises:
-        UserError: if there is neither.
+        UserError: if one is a DoRA, whose update is no sum.
     """
-    found = [folder / name for name in (TRANSFORMER_FOLDER, TEXT_ENCODER_FOLDER)]
-    found = [path if (path / "adapter_config.json").is_file() else None for path in found]
-    if not any(found):
-        raise UserError(
-            f"no LoRA in {folder}: expected {TRANSFORMER_FOLDER}/ or {TEXT_ENCODER_FOLDER}/ with adapter_config.json, "
-            "as medart.py writes them, or a .safetensors file"
+    found: dict[str, Adapter] = {}
+    for part in dict.fromkeys(part for each in adapters for part in each):
+        members = [(each[part], scale) for each, scale in zip(adapters, scales, strict=True) if part in each]
+        if any(adapter.config.use_dora for adapter, _ in members):
+            raise UserError("a DoRA cannot be added to another LoRA; merge it first: python sample.py --merge")
+        names = dict.fromkeys(name for adapter, _ in members for name in adapter.tensors)
+        tensors = {name: _side_by_side(name, members) for name in names}
+        rank = sum(adapter.config.r for adapter, _ in members)
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            base_model_name_or_path=members[0][0].config.base_model_name_or_path,
+            target_modules=[name.removesuffix(TENSORS[0]) for name in names if name.endswith(TENSORS[0])],
         )
-    return found[0], found[1]
+        found[part] = Adapter(config, tensors)
+    return found
 
 
-def load(model: nn.Module, folder: Path | None) -> nn.Module:
-    """`model` with the adapters of `folder` in evaluation mode; without a folder, `model` itself."""
-    if folder is None:
-        return model
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=False).eval()  # type: ignore[arg-type]
-    lean_lora.enable(adapted)
-    return adapted
+def _side_by_side(name: str, members: Sequence[tuple[Adapter, float]]) -> Tensor:
+    """The As of several adapters by rows, or the Bs by columns, times the scales."""
+    is_b = name.endswith(TENSORS[1])
+    like = next(adapter.tensors[name] for adapter, _ in members if name in adapter.tensors)
+    pieces = []
+    for adapter, scale in members:
+        shape = [*like.shape]
+        shape[int(is_b)] = adapter.config.r
+        piece = adapter.tensors.get(name, like.new_zeros(shape)).float()
+        pieces.append(piece * (scale * _update_scale(adapter.config)) if is_b else piece)
+    return torch.cat(pieces, dim=int(is_b))
+
+
+def _update_scale(config: LoraConfig) -> float:
+    return config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+
+
+def base_model(adapters: dict[str, Adapter]) -> str | None:
+    """Name of the pipeline that the adapters were made for."""
+    return next((adapter.config.base_model_name_or_path for adapter in adapters.values()), None)
+
+
+def export(source: str | Path, file: str | Path, layout: str = "diffusers") -> None:
+    """Write the LoRA of a run, a checkpoint or another file as one safetensors file.
+
+    Raises:
+        UserError: for DoRA in ComfyUI's layout. ComfyUI divides by the norm of W where DoRA has that of W + B A
+            (https://github.com/comfyanonymous/ComfyUI/blob/9c0cf36cd7964978850fd40f8cf76ac2cf9f9e15/comfy/weight_adapter/base.py).
+    """
+    tensors, metadata = {}, {}
+    for part, adapter in read(source).items():
+        config = adapter.config
+        if config.use_dora and layout == "comfyui":
+            raise UserError(f"{source} is a DoRA, which ComfyUI reads otherwise; merge it: python sample.py --merge")
+        scale = _update_scale(config)
+        for name, tensor in adapter.tensors.items():
+            scaled = scale != 1 and name.endswith(TENSORS[1])
+            tensors[f"{LAYOUTS[layout][part]}.{name}"] = tensor.float() * scale if scaled else tensor
+        values = config.to_dict() | {"lora_alpha": config.r, "use_rslora": False}
+        metadata |= {f"{part}.{key}": values[key] for key in CONFIG}
+        metadata[f"{part}.target_modules"] = sorted(config.target_modules or ())
+    header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}
+    save_file(tensors, file, header)
+
+
+def load(pipeline, path: str | Path | Sequence[str | Path], scale: float | Sequence[float] = 1.0) -> None:
+    """Put a LoRA, or the sum of several, into a pipeline of frozen models; see `read` for paths and `apply`."""
+    apply(pipeline, *read_several([path] if isinstance(path, str | Path) else path, scale))
+
+
+def apply(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> None:
+    """Put adapters into the `transformer` and the `text_encoder` of anything that has them, in place.
+
+    Layers become W + scale * B A; the adapters are fp32 where the base has 16 bits.
+
+    Raises:
+        UserError: if there is a LoRA already, the LoRA belongs to another model, or `scale` is not 1 for a DoRA
+            (its update is not proportional to it).
+    """
+    for part, adapter in adapters.items():
+        model: nn.Module = getattr(pipeline, part)
+        if any(isinstance(layer, LoraLayer) for layer in model.modules()):
+            raise UserError(f"the {part} has a LoRA already; load the pipeline again for another one")
+        if adapter.config.use_dora and scale != 1:
+            raise UserError(f"the LoRA is a DoRA, which has no strength; leave the scale at 1 instead of {scale}")
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in adapter.tensors.items()}
+        try:
+            wrapper = PeftModel(model, adapter.config)  # type: ignore[arg-type]
+            result = set_peft_model_state_dict(wrapper, tensors)
+            unread = [*result.unexpected_keys, *(key for key in result.missing_keys if ".lora_" in key)]
+        except (RuntimeError, ValueError) as error:  # other shapes, or none of the layers
+            unread = [str(error).splitlines()[-1].strip().rstrip(".")]
+        if unread:
+            raise UserError(f"the LoRA does not belong to this {part}: {unread[0]}; use the model it was made for")
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                layer.scale_layer(scale)
+        lean_lora.enable(model)
+        model.requires_grad_(False).eval()
+
+
+@contextmanager
+def applied(pipeline, adapters: dict[str, Adapter], scale: float = 1.0) -> Iterator[None]:
+    """Within it the adapters are on the pipeline, see `apply`; after it there is no LoRA, and no bit of it is left."""
+    try:
+        apply(pipeline, adapters, scale)
+        yield
+    finally:
+        for part in adapters:
+            model: nn.Module = getattr(pipeline, part)
+            for place, layer in _layers(model):
+                model.set_submodule(place, layer.get_base_layer())
+            if hasattr(model, "peft_config"):  # by which PEFT would take the model for one with adapters
+                del model.peft_config
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+    return [(place, layer) for place, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+
+
+def merge(pipeline, folder: Path) -> None:
+    """Write a PixArtAlphaPipeline folder with the LoRA merged into the weights; `pipeline` keeps them merged.
+
+    The tensors get the dtype that they have in the base's own files; load the base in fp32, so that they are rounded
+    once only. The text encoder's configuration says float32, since stock loading brings the other parts to float32
+    and would mix dtypes otherwise.
+    """
+    parts = {name: getattr(pipeline, name) for name in PARTS}
+    for name in ("text_encoder", "vae", "transformer"):
+        model: nn.Module = parts[name]
+        for place, layer in _layers(model):
+            layer.merge(safe_merge=True)
+            model.set_submodule(place, layer.get_base_layer())
+        nn.Module.to(model, stored_dtype(model, name))  # diffusers' own warns of modules that PixArt has not
+    PixArtAlphaPipeline(**parts).save_pretrained(folder)
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+
+
+def stored_dtype(model: Any, subfolder: str) -> torch.dtype:
+    """The dtype of a loaded part in the safetensors it came from; where there are none, the one it has now."""
+    name = getattr(model.config, "_name_or_path", "")  # the pipeline's folder, the part's own, or a hub id
+    if not name:  # built, not loaded
+        return next(model.parameters()).dtype
+    source = Path(name)
+    if not source.is_dir():
+        source = Path(snapshot_download(str(source), local_files_only=True))
+    files = [*(source / subfolder).glob("*.safetensors")] or [*source.glob("*.safetensors")]
+    if not files:
+        return next(model.parameters()).dtype
+    with safe_open(min(files, key=lambda file: len(file.name)), "pt") as content:  # a variant's name is longer
+        return content.get_tensor(min(content.keys())).dtype

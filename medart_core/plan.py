@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import T5Config, T5EncoderModel
 
-from medart_core import full_size, lora, pretrained
+from medart_core import full_size, lora_layers, pretrained
 from medart_core.errors import UserError
 from medart_core.run import Run
 
@@ -91,8 +91,8 @@ class Shapes:
             text_encoder=text_count,
             vae=vae_count,
             text_embedding=text.vocab_size * text.d_model,
-            transformer_lora_per_rank=_adapters(transformer, lora.TRANSFORMER_TARGETS),
-            text_encoder_lora_per_rank=_adapters(text_encoder, lora.TEXT_ENCODER_TARGETS),
+            transformer_lora_per_rank=_adapters(transformer, lora_layers.TRANSFORMER_TARGETS),
+            text_encoder_lora_per_rank=_adapters(text_encoder, lora_layers.TEXT_ENCODER_TARGETS),
             blocks=config.num_layers,
             width=config.num_attention_heads * config.attention_head_dim,
             text_layers=text.num_layers,
@@ -129,7 +129,7 @@ def _count(model: nn.Module) -> int:
 
 def _adapters(model: nn.Module, targets: tuple[str, ...]) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in lora.trainable_parameters(lora.attach(model, targets, rank=1)))
+        return sum(p.numel() for p in lora_layers.trainable_parameters(lora_layers.attach(model, targets, rank=1)))
 
 
 def find_model(name: str) -> tuple[Shapes | None, str]:

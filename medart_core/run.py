@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from diffusers.optimization import get_scheduler
 
-from medart_core import checkpoint, lora, lora_file, trees
+from medart_core import checkpoint, lora, lora_layers, trees
 from medart_core.data import Example
 from medart_core.errors import UserError
 from medart_core.pretrained import PixArt
@@ -53,7 +53,7 @@ class Run:
         `scale` multiplies both learning rates; `adam` holds adam_beta1, adam_beta2, adam_epsilon, adam_weight_decay.
         """
         rates = learning_rate, learning_rate if text_encoder_lr is None else text_encoder_lr
-        adapters = [[*lora.trainable_parameters(part)] for part in (model.transformer, model.text_encoder)]
+        adapters = [[*lora_layers.trainable_parameters(part)] for part in (model.transformer, model.text_encoder)]
         groups = [{"params": part, "lr": rate * scale} for part, rate in zip(adapters, rates, strict=True) if part]
         settings: dict[str, Any] = {
             "betas": (adam["adam_beta1"], adam["adam_beta2"]),
@@ -71,12 +71,12 @@ class Run:
         return cls(model, [parameter for part in adapters for parameter in part], optimizer, schedule, folder)
 
     def average_gradients(self, parts: Sequence[Part], stop: bool, rank: int) -> bool:
-        """`lora.average_gradients`; returns whether any process wants to stop.
+        """`lora_layers.average_gradients`; returns whether any process wants to stop.
 
         Where a loss or gradient of any process is not finite, all of them end before the update: the first one at
         fault raises a UserError that names the step, the loss and its images, the others exit with the same code.
         """
-        stopping, faults = lora.average_gradients(self.parameters, [loss for _, loss, _ in parts], stop)
+        stopping, faults = lora_layers.average_gradients(self.parameters, [loss for _, loss, _ in parts], stop)
         if any(faults):
             if any(faults[:rank]) or not faults[rank]:
                 raise SystemExit(2)
@@ -110,8 +110,8 @@ class Run:
         """Publish checkpoint-<step>; only then drop the oldest ones beyond `limit`."""
         state = {
             "step": self.step,
-            "transformer": lora.adapter_state(self.model.transformer),
-            "text_encoder": lora.adapter_state(self.model.text_encoder),
+            "transformer": lora_layers.adapter_state(self.model.transformer),
+            "text_encoder": lora_layers.adapter_state(self.model.text_encoder),
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
         }
@@ -130,18 +130,18 @@ class Run:
             raise UserError(
                 f"{folder} is after {state['step']} steps, this run ends after {max_steps}; raise --max_train_steps"
             )
-        lora.load_adapter_state(self.model.transformer, state["transformer"])
-        lora.load_adapter_state(self.model.text_encoder, state["text_encoder"])
+        lora_layers.load_adapter_state(self.model.transformer, state["transformer"])
+        lora_layers.load_adapter_state(self.model.text_encoder, state["text_encoder"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         self.step = state["step"]
 
     def save_folders(self, folder: Path) -> None:
         """Write the PEFT folders that sample.py loads."""
-        lora.save(self.model.transformer, folder / lora.TRANSFORMER_FOLDER)
-        lora.save(self.model.text_encoder, folder / lora.TEXT_ENCODER_FOLDER)
+        lora_layers.save(self.model.transformer, folder / lora_layers.TRANSFORMER_FOLDER)
+        lora_layers.save(self.model.text_encoder, folder / lora_layers.TEXT_ENCODER_FOLDER)
 
     def save_adapters(self, folder: Path) -> None:
         """Write the PEFT folders, and the same as one file that other tools load."""
         self.save_folders(folder)
-        lora_file.export(folder, folder / lora_file.FILE_NAME)
+        lora.export(folder, folder / lora.FILE_NAME)

@@ -3,7 +3,7 @@
 import torch
 
 from diffusers_grad import attention
-from medart_core import full_size, lora, pretrained
+from medart_core import full_size, lora_layers, pretrained
 from medart_core.pretrained import PixArt
 
 
@@ -35,7 +35,7 @@ def build(
     pretrained.set_gradient_checkpointing(model, gradient_checkpointing)
     torch.manual_seed(seed)  # of the adapters' initialisation
     shape = rank, lora_alpha, model.name, use_dora, use_rslora
-    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, *shape)
+    model.transformer = lora_layers.attach(model.transformer, lora_layers.TRANSFORMER_TARGETS, *shape)
     if not no_text_encoder_lora:
-        model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, *shape)
+        model.text_encoder = lora_layers.attach(model.text_encoder, lora_layers.TEXT_ENCODER_TARGETS, *shape)
     return model

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from medart_core import full_size, lora_file, pretrained
+from medart_core import full_size, lora, pretrained
 from medart_core.checkpoint import FINISHED, OPTIONS
 from medart_core.errors import UserError
 
@@ -22,12 +22,12 @@ def read_json(file: Path) -> dict:
     return content
 
 
-def run_settings(lora: Path) -> dict:
+def run_settings(path: Path) -> dict:
     """What the run of a LoRA says of itself: its options, under what it wrote when it was finished.
 
-    `lora` is the run's folder, the file in it or a checkpoint; empty for a LoRA that lies elsewhere.
+    `path` is the run's folder, the file in it or a checkpoint; empty for a LoRA that lies elsewhere.
     """
-    folder = (lora.parent if lora.is_file() else lora).resolve()
+    folder = (path.parent if path.is_file() else path).resolve()
     for run in (folder, folder.parent):
         if settings := read_json(run / OPTIONS) | read_json(run / FINISHED):
             return settings
@@ -35,7 +35,7 @@ def run_settings(lora: Path) -> dict:
 
 
 def load(
-    lora: Path | Sequence[Path] | None,
+    loras: Path | Sequence[Path] | None,
     name: str | None,
     dtype: torch.dtype,
     device: torch.device,
@@ -44,12 +44,12 @@ def load(
     random_weights: bool = False,
 ) -> pretrained.PixArt:
     """The model `name`, or the one that the LoRA was made for, or the bundled one, with one LoRA or several on it."""
-    loras = [lora] if isinstance(lora, Path) else lora
-    adapters, strength = lora_file.read_several(loras, lora_scale) if loras else ({}, 1.0)
-    name = name or lora_file.base_model(adapters)
+    paths = [loras] if isinstance(loras, Path) else loras
+    adapters, strength = lora.read_several(paths, lora_scale) if paths else ({}, 1.0)
+    name = name or lora.base_model(adapters)
     if random_weights or name == full_size.NAME:
         model = full_size.build_random(dtype, device)
     else:
         model = pretrained.load(name, dtype, device)
-    lora_file.apply(model, adapters, strength)
+    lora.apply(model, adapters, strength)
     return model

@@ -26,7 +26,7 @@ from recipe import OPTIONS, describe, finetune
 from scripts import ROOT, named
 
 sys.path.insert(0, str(ROOT))
-from medart_core import devices, lora_file, pretrained, training_data
+from medart_core import devices, lora, pretrained, training_data
 from medart_core.data import ImageTransform, open_image
 from medart_core.errors import UserError, exit_codes
 from medart_core.objectives import chroma, color_statistics
@@ -72,7 +72,7 @@ def sampled_images(real: Real, run: Path | None) -> torch.Tensor:
     device = devices.pick_device()
     model = pretrained.load(None, torch.float32, device)
     if run:
-        lora_file.load(model, run)
+        lora.load(model, run)
     per_class = len(real.prompts[0])
     prompts = [prompt for of_class in real.prompts for prompt in of_class]
     seeds = list(range(per_class)) * len(real.classes)  # the same noise for every class and row

@@ -25,7 +25,7 @@ from packaging.specifiers import SpecifierSet
 from PIL import Image
 
 import sample
-from medart_core import app_report, lora, lora_file, pretrained
+from medart_core import app_report, lora, lora_layers, pretrained
 from medart_core.app_drawing import Studio
 from medart_core.app_jobs import Jobs, Outbox, Stopped
 from medart_core.app_orders import DiTOrder, PixArtOrder
@@ -87,12 +87,15 @@ def test_orders_of_classes_are_bounded():
 def tiny_lora(tmp_path_factory, tiny_pixart) -> Path:
     """A LoRA of both parts that does something, as medart.py leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    for part, targets in (("transformer", lora.TRANSFORMER_TARGETS), ("text_encoder", lora.TEXT_ENCODER_TARGETS)):
+    for part, targets in (
+        ("transformer", lora_layers.TRANSFORMER_TARGETS),
+        ("text_encoder", lora_layers.TEXT_ENCODER_TARGETS),
+    ):
         model = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
-        adapted = lora.attach(getattr(model, part), targets, 4, base=str(tiny_pixart))
-        for parameter in lora.trainable_parameters(adapted):
+        adapted = lora_layers.attach(getattr(model, part), targets, 4, base=str(tiny_pixart))
+        for parameter in lora_layers.trainable_parameters(adapted):
             torch.nn.init.normal_(parameter, std=0.2)
-        lora.save(adapted, folder / f"{part}_lora")
+        lora_layers.save(adapted, folder / f"{part}_lora")
     (folder / "options.json").write_text(json.dumps({"no_hldf": True}))
     return folder
 
@@ -109,7 +112,7 @@ def test_loras_come_and_go_without_a_trace(tiny_pixart, tiny_lora):
         drawn[name] = np.asarray(studio.draw(replace(ORDER, strength=strength), folder, lambda: None))
         model = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
         if folder:
-            lora_file.load(model, folder, strength)
+            lora.load(model, folder, strength)
         [expected] = sample_images(model, ["a chest"], [3], num_inference_steps=2, batch_size=1)
         assert (drawn[name] == expected.numpy()).all(), name
     assert (drawn["none"] == drawn["base"]).all() and not (drawn["half"] == drawn["full"]).all()

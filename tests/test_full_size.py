@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_grad import decode_latents, sample_latents
-from medart_core import devices, full_size, latents, lora, trainable
+from medart_core import devices, full_size, latents, lora_layers, trainable
 from medart_core.objectives import color_distribution_loss
 from medart_core.sampling import initial_noise
 from medart_core.text import encode_with_negative
@@ -116,8 +116,8 @@ def test_activations_and_colour_gradients_are_finite_in_bf16(small, quantize):
     model = full_size.build_random(torch.bfloat16, CPU, quantize=quantize)
     linear = [type(m).__name__ for m in model.text_encoder.modules() if isinstance(m, torch.nn.Linear)]
     assert set(linear) == {{"int8": "Linear8bitLt", "nf4": "Linear4bit", None: "Linear"}[quantize]}
-    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, rank=2)
-    model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=2)
+    model.transformer = lora_layers.attach(model.transformer, lora_layers.TRANSFORMER_TARGETS, rank=2)
+    model.text_encoder = lora_layers.attach(model.text_encoder, lora_layers.TEXT_ENCODER_TARGETS, rank=2)
     with torch.autocast("cpu", torch.bfloat16):
         text = encode_with_negative(model.tokenizer, model.text_encoder, ["a chest x-ray image", "hazy"])
         assert 0.1 < spread(text[0]) < 10 and spread(text[0][0, 0] - text[0][1, 0]) > 0.01
@@ -133,7 +133,7 @@ def test_activations_and_colour_gradients_are_finite_in_bf16(small, quantize):
     assert spread(pixels) > 0.01
     color_distribution_loss(pixels, torch.zeros_like(pixels)).backward()
     for part in (model.transformer, model.text_encoder):
-        gradient = lora.gradients(list(lora.trainable_parameters(part)))
+        gradient = lora_layers.gradients(list(lora_layers.trainable_parameters(part)))
         assert gradient.isfinite().all() and gradient.norm() > 0
 
 

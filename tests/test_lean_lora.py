@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffusers_grad import sample_latents
-from medart_core import compilation, lean_lora, lora, pretrained
+from medart_core import compilation, lean_lora, lora_layers, pretrained
 from medart_core.lean_lora import LeanLinear
 from medart_core.text import encode_prompts, encode_with_negative
 
@@ -225,12 +225,12 @@ def training_step(
 def model(tiny_pixart) -> pretrained.PixArt:
     model = pretrained.load(tiny_pixart, torch.bfloat16, torch.device("cpu"))
     torch.manual_seed(0)
-    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, RANK)
-    model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, RANK)
+    model.transformer = lora_layers.attach(model.transformer, lora_layers.TRANSFORMER_TARGETS, RANK)
+    model.text_encoder = lora_layers.attach(model.text_encoder, lora_layers.TEXT_ENCODER_TARGETS, RANK)
     for network in (model.transformer, model.text_encoder):
         lean_lora.disable(network)  # which `attach` has enabled
         with torch.no_grad():
-            for parameter in lora.trainable_parameters(network):
+            for parameter in lora_layers.trainable_parameters(network):
                 parameter.normal_(std=0.1)
     return model
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_lora_file import merged_weights, stock, write_run
+from test_lora import merged_weights, stock, write_run
 
-from medart_core import lora_file, lora_layouts
+from medart_core import lora, lora_layouts
 from medart_core.errors import UserError
 
 STACKED = {  # PixArt's own layers of a block, from diffusers' names
@@ -75,7 +75,7 @@ def renamed(tensors, layout: str) -> dict[str, torch.Tensor]:
 @pytest.fixture
 def run(tmp_path, tiny_pixart):
     write_run(tmp_path / "run", tiny_pixart)
-    lora_file.export(tmp_path / "run", tmp_path / "run.safetensors")
+    lora.export(tmp_path / "run", tmp_path / "run.safetensors")
     return tmp_path / "run.safetensors"
 
 
@@ -96,11 +96,11 @@ def test_every_layout_is_the_same_lora(run, tmp_path, layout):
         tensors = dict(
             sorted(tensors.items(), key=lambda item: item[0].replace("to_q", "to_a").replace("to_k", "to_b"))
         )
-    expected = lora_file.read(run)
+    expected = lora.read(run)
     save_file(
         {key: tensor.contiguous() for key, tensor in renamed(tensors, layout).items()}, tmp_path / "x.safetensors"
     )
-    found = lora_file.read(tmp_path / "x.safetensors")
+    found = lora.read(tmp_path / "x.safetensors")
     assert found.keys() == expected.keys()
     for part, adapter in expected.items():
         assert found[part].config.lora_alpha == found[part].config.r == 4
@@ -121,10 +121,10 @@ def test_foreign_names_are_refused(name, tmp_path):
     assert lora_layouts.place_of(name) is None
     save_file({name: torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=f"it has a tensor {name}$"):
-        lora_file.read(tmp_path / "x.safetensors")
+        lora.read(tmp_path / "x.safetensors")
     save_file({"transformer.proj_out.dora_scale": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="norms are taken otherwise"):
-        lora_file.read(tmp_path / "x.safetensors")
+        lora.read(tmp_path / "x.safetensors")
 
 
 def test_several_loras_are_the_sum_of_their_updates(run, tmp_path, tiny_pixart):
@@ -133,9 +133,9 @@ def test_several_loras_are_the_sum_of_their_updates(run, tmp_path, tiny_pixart):
     save_file(part_of_it, tmp_path / "part.safetensors")
     base, both, each = stock(tiny_pixart), stock(tiny_pixart), [stock(tiny_pixart) for _ in range(2)]
     paths = [tmp_path / "other", tmp_path / "part.safetensors"]
-    lora_file.load(both, paths, scale=[0.5, -2.0])
+    lora.load(both, paths, scale=[0.5, -2.0])
     for pipeline, path, scale in zip(each, paths, (0.5, -2.0), strict=True):
-        lora_file.load(pipeline, path, scale)
+        lora.load(pipeline, path, scale)
     own = {
         f"{part}.{name}": p.detach()
         for part in ("transformer", "text_encoder")
@@ -149,7 +149,7 @@ def test_several_loras_are_the_sum_of_their_updates(run, tmp_path, tiny_pixart):
             weight, plain + (one[name] - plain) + (two.get(name, plain) - plain), rtol=1e-4, atol=1e-5
         )
     with pytest.raises(UserError, match="2 LoRAs have 3 strengths"):
-        lora_file.load(stock(tiny_pixart), paths, scale=[1.0, 1.0, 1.0])
+        lora.load(stock(tiny_pixart), paths, scale=[1.0, 1.0, 1.0])
     write_run(tmp_path / "dora", tiny_pixart, use_dora=True)
     with pytest.raises(UserError, match="DoRA cannot be added"):
-        lora_file.load(stock(tiny_pixart), [tmp_path / "dora", run])
+        lora.load(stock(tiny_pixart), [tmp_path / "dora", run])

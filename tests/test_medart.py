@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import medart
-from medart_core import checkpoint, lora, options, pretrained, trees
+from medart_core import checkpoint, lora_layers, options, pretrained, trees
 from medart_core.errors import UserError
 from medart_core.medart_options import MedArtOptions
 
@@ -249,9 +249,9 @@ def test_saved_adapters_draw_what_the_trained_model_draws(run, flags, tmp_path, 
     run(*flags, f"--output_dir={tmp_path / 'out'}")
     loaded = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
     base = next(iter(sample_images(loaded, ["a chest"], [3], num_inference_steps=3)))
-    folders = lora.find(tmp_path / "out")
-    loaded.transformer = lora.load(loaded.transformer, folders[0])
-    loaded.text_encoder = lora.load(loaded.text_encoder, folders[1])
+    folders = lora_layers.find(tmp_path / "out")
+    loaded.transformer = lora_layers.load(loaded.transformer, folders[0])
+    loaded.text_encoder = lora_layers.load(loaded.text_encoder, folders[1])
     images = [next(iter(sample_images(m, ["a chest"], [3], num_inference_steps=3))) for m in (kept["model"], loaded)]
     assert torch.equal(*images) and not torch.equal(images[0], base)
 

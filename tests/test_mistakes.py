@@ -15,7 +15,7 @@ import pytest
 import torch
 from forked_runs import exit_codes, start_script
 from PIL import Image
-from test_lora_file import write_run
+from test_lora import write_run
 
 from models import DiT_models
 

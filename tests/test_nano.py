@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from medart_core import lora_file, pretrained
+from medart_core import lora, pretrained
 from medart_core.images import open_image
 from medart_core.sampling import sample_images
 
@@ -75,10 +75,10 @@ def test_a_bundled_lora_makes_the_base_grey(name):
         return (images.amax(dim=-1) - images.amin(dim=-1)).mean().item()
 
     base = chroma()
-    adapters = lora_file.read(ROOT / "nano" / name)
-    lora_file.apply(model, adapters)
+    adapters = lora.read(ROOT / "nano" / name)
+    lora.apply(model, adapters)
     assert chroma() < base / 2
-    assert lora_file.base_model(adapters) == "nano/pixart"
+    assert lora.base_model(adapters) == "nano/pixart"
 
 
 def test_records_of_quality_are_there():

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from medart_core import full_size, lora, plan, pretrained
+from medart_core import full_size, lora_layers, plan, pretrained
 from medart_core.errors import UserError
 from medart_core.text import encode_prompts
 
@@ -102,8 +102,8 @@ def test_activations_of_a_real_block_and_layer_are_the_predicted_ones(shapes, mo
     for part, change in changes.items():
         monkeypatch.setitem(full_size.SHAPES, part, full_size.SHAPES[part] | change)
     model = full_size.build_random(torch.bfloat16, torch.device("cpu"))
-    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, rank=8)
-    model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=8)
+    model.transformer = lora_layers.attach(model.transformer, lora_layers.TRANSFORMER_TARGETS, rank=8)
+    model.text_encoder = lora_layers.attach(model.text_encoder, lora_layers.TEXT_ENCODER_TARGETS, rank=8)
     embeds, mask = torch.randn(1, 120, 1024, dtype=torch.bfloat16), torch.ones(1, 120, dtype=torch.long)
     latents, conditions = torch.randn(1, 4, 64, 64), {"resolution": None, "aspect_ratio": None}
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import T5EncoderModel
 
-from medart_core import lora, pretrained, quantization
+from medart_core import lora_layers, pretrained, quantization
 from medart_core.errors import UserError
 from medart_core.text import encode_prompts
 
@@ -186,11 +186,11 @@ def test_loading_leaves_the_library_as_it_was(quantized):
 
 def test_adapters_on_a_quantised_t5_are_fp32_and_learn(quantized):
     torch.manual_seed(0)
-    adapted = lora.attach(quantized.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=4)
+    adapted = lora_layers.attach(quantized.text_encoder, lora_layers.TEXT_ENCODER_TARGETS, rank=4)
     model = pretrained.PixArt(quantized.tokenizer, adapted, quantized.vae, quantized.transformer, None, "quantised")
     pretrained.set_gradient_checkpointing(model, True)
-    parameters = list(lora.trainable_parameters(adapted))
-    assert len(lora.adapted_modules(adapted)) == 21 and {p.dtype for p in parameters} == {torch.float32}
+    parameters = list(lora_layers.trainable_parameters(adapted))
+    assert len(lora_layers.adapted_modules(adapted)) == 21 and {p.dtype for p in parameters} == {torch.float32}
     optimizer, losses = torch.optim.AdamW(parameters, lr=1e-2), []
     target = torch.randn(192)
     with torch.no_grad():  # as a sample grid does before the first step
@@ -210,9 +210,11 @@ def test_adapters_on_a_quantised_t5_are_fp32_and_learn(quantized):
 
 def test_checkpointing_alternates_and_changes_no_gradient(tiny_pixart):
     model = pretrained.load(tiny_pixart, torch.float32, CPU)
-    model.text_encoder = lora.attach(model.text_encoder, lora.TEXT_ENCODER_TARGETS, rank=2)
-    model.transformer = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, rank=2)
-    parameters = [p for part in (model.text_encoder, model.transformer) for p in lora.trainable_parameters(part)]
+    model.text_encoder = lora_layers.attach(model.text_encoder, lora_layers.TEXT_ENCODER_TARGETS, rank=2)
+    model.transformer = lora_layers.attach(model.transformer, lora_layers.TRANSFORMER_TARGETS, rank=2)
+    parameters = [
+        p for part in (model.text_encoder, model.transformer) for p in lora_layers.trainable_parameters(part)
+    ]
     latents, timesteps, conditions = torch.randn(2, 4, 4, 4), torch.tensor([10, 500]), {}
     gradients, saved = [], []
     for wanted in (False, True, False):
@@ -223,7 +225,7 @@ def test_checkpointing_alternates_and_changes_no_gradient(tiny_pixart):
             noise = model.transformer(latents, embeds, timesteps, conditions, encoder_attention_mask=mask).sample
             pixels = model.vae.decode(noise.chunk(2, dim=1)[0]).sample
         pixels.square().mean().backward()
-        gradients.append(lora.gradients(parameters))
+        gradients.append(lora_layers.gradients(parameters))
         saved.append(len(count))
         for parameter in parameters:
             parameter.grad = None

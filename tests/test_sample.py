@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import sample
-from medart_core import dit_checkpoint, full_size, lora, lora_file, pretrained, tuned_model
+from medart_core import dit_checkpoint, full_size, lora, lora_layers, pretrained, tuned_model
 from medart_core.errors import UserError
 from models import DiT_models
 
@@ -96,7 +96,7 @@ def test_settings_of_a_run_from_its_folder_a_checkpoint_and_a_file(monkeypatch, 
 def test_random_weights_are_for_who_asks_and_for_loras_made_on_them(monkeypatch):
     monkeypatch.setattr(full_size, "build_random", lambda *_: "random")
     monkeypatch.setattr(pretrained, "load", lambda name, *_: name)
-    monkeypatch.setattr(lora_file, "apply", lambda *_: None)
+    monkeypatch.setattr(lora, "apply", lambda *_: None)
     where = torch.float32, torch.device("cpu")
     for arguments, base, expected in (
         (["--random-weights"], None, "random"),
@@ -104,8 +104,8 @@ def test_random_weights_are_for_who_asks_and_for_loras_made_on_them(monkeypatch)
         (["--lora", "x"], "some/model", "some/model"),
     ):
         monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
-        monkeypatch.setattr(lora_file, "read", lambda _: {})
-        monkeypatch.setattr(lora_file, "base_model", lambda _, base=base: base)
+        monkeypatch.setattr(lora, "read", lambda _: {})
+        monkeypatch.setattr(lora, "base_model", lambda _, base=base: base)
         assert sample.load_pixart(sample.parse_options(), *where) == expected
 
 
@@ -118,15 +118,18 @@ def call(monkeypatch, *arguments):
 def run(tmp_path_factory, tiny_pixart):
     """A finished run with adapters that do something, and the same as one file elsewhere."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    for part, targets in (("transformer", lora.TRANSFORMER_TARGETS), ("text_encoder", lora.TEXT_ENCODER_TARGETS)):
+    for part, targets in (
+        ("transformer", lora_layers.TRANSFORMER_TARGETS),
+        ("text_encoder", lora_layers.TEXT_ENCODER_TARGETS),
+    ):
         model = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
-        adapted = lora.attach(getattr(model, part), targets, 4, base=str(tiny_pixart))
-        for parameter in lora.trainable_parameters(adapted):
+        adapted = lora_layers.attach(getattr(model, part), targets, 4, base=str(tiny_pixart))
+        for parameter in lora_layers.trainable_parameters(adapted):
             torch.nn.init.normal_(parameter, std=0.2)
-        lora.save(adapted, folder / f"{part}_lora")
+        lora_layers.save(adapted, folder / f"{part}_lora")
     (folder / "finished.json").write_text(json.dumps({"prompts": ["a chest"], "max_token_length": 60}))
     shutil.copytree(folder / "transformer_lora", folder / "checkpoint-5" / "transformer_lora")
-    lora_file.export(folder, folder.parent / "one.safetensors")
+    lora.export(folder, folder.parent / "one.safetensors")
     return folder
 
 

@@ -18,7 +18,7 @@ from forked_runs import enter, fork_ranks
 from PIL import Image
 
 import sample_ddp
-from medart_core import dit_sampling, lora, pretrained, sampling
+from medart_core import dit_sampling, lora_layers, pretrained, sampling
 from medart_core.errors import UserError, exit_codes
 from medart_core.image_npz import THERE, ImageNpz, rows_of
 from medart_core.many_samples import runs
@@ -363,10 +363,10 @@ def test_balanced_labels_and_another_sampler(monkeypatch, tmp_path, arguments):
 
 def test_pixart_with_a_lora(monkeypatch, tmp_path, tiny_pixart, x_rays):
     model = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
-    adapted = lora.attach(model.transformer, lora.TRANSFORMER_TARGETS, 4, base=str(tiny_pixart))
-    for parameter in lora.trainable_parameters(adapted):
+    adapted = lora_layers.attach(model.transformer, lora_layers.TRANSFORMER_TARGETS, 4, base=str(tiny_pixart))
+    for parameter in lora_layers.trainable_parameters(adapted):
         torch.nn.init.normal_(parameter, std=0.2)
-    lora.save(adapted, tmp_path / "run" / "transformer_lora")
+    lora_layers.save(adapted, tmp_path / "run" / "transformer_lora")
     shared = ["--metadata", x_rays, "--num-sampling-steps", 2, "--num-fid-samples", 14, "--per-proc-batch-size", 5]
     call(monkeypatch, "--lora", tmp_path / "run", *shared, "--sample-dir", tmp_path / "samples")
     name = "PixArt-run-size-32-cfg-4.5-seed-0"

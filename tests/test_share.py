@@ -6,10 +6,10 @@ import sys
 import huggingface_hub
 import pytest
 from PIL import Image
-from test_lora_file import write_run
+from test_lora import write_run
 
 import share
-from medart_core import lora_file, model_card
+from medart_core import lora, model_card
 from medart_core.errors import UserError
 
 FIGURE = {"value": 0.25, "low": 0.2, "high": 0.3, "n_generated": 40, "n_real": 40, "floor": 0.1, "seed": 0}
@@ -71,7 +71,7 @@ def test_the_folder_and_its_card(run, tmp_path, tiny_pixart, monkeypatch, capsys
     call(monkeypatch, run, "--evaluation", tmp_path / "evaluation", *licences, *where)
     assert Hub.asked == [] and "would be uploaded to me/x" in capsys.readouterr().out
     assert sorted(file.name for file in out.iterdir()) == [
-        "README.md", "comfyui.safetensors", lora_file.FILE_NAME, "samples.png",
+        "README.md", "comfyui.safetensors", lora.FILE_NAME, "samples.png",
     ]  # fmt: skip
     assert Image.open(out / "samples.png").getpixel((0, 0)) == (0, 0, 255)
     card = (out / "README.md").read_text()
@@ -83,8 +83,8 @@ def test_the_folder_and_its_card(run, tmp_path, tiny_pixart, monkeypatch, capsys
     ]  # fmt: skip
     assert [words for words in wanted if words not in card] == []
     assert str(run) not in card and "data/train" in card and str(tmp_path / "data") not in card
-    for name in (lora_file.FILE_NAME, "comfyui.safetensors"):
-        assert lora_file.read(out / name).keys() == {"transformer", "text_encoder"}
+    for name in (lora.FILE_NAME, "comfyui.safetensors"):
+        assert lora.read(out / name).keys() == {"transformer", "text_encoder"}
     with pytest.raises(UserError, match="not an empty folder"):
         call(monkeypatch, run, "--out", out)
 

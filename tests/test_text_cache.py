@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from medart_core import lora, pretrained, text_cache
+from medart_core import lora_layers, pretrained, text_cache
 from medart_core.errors import UserError
 from medart_core.sampling import sample_images
 from medart_core.text import encode_prompts, encode_with_negative
@@ -54,7 +54,9 @@ def test_pictures_are_the_same_and_t5_is_freed(model):
     gc.collect()
     assert t5() is None
     assert (draw() - before).abs().max() <= 1
-    assert not list(lora.trainable_parameters(model.text_encoder)) and not lora.adapter_state(model.text_encoder)
+    assert not list(lora_layers.trainable_parameters(model.text_encoder)) and not lora_layers.adapter_state(
+        model.text_encoder
+    )
 
 
 def test_padding_as_zeros_predicts_the_same_noise(model):
