@@ -44,7 +44,7 @@ CACHE = ROOT / "dataset" / ".features"
 def parse_options() -> argparse.Namespace:
     shared = Parser(add_help=False)
     shared.add_argument("--inception", type=Path, metavar="FILE", help="FID's network (default: prepare.py's)")
-    shared.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="of features (dataset/.features)")
+    shared.add_argument("--cache", type=Path, default=CACHE, metavar="DIR", help="(default: dataset/.features)")
     parser = Parser(description=__doc__, parents=[shared])
     what = parser.add_argument_group("what is measured")
     what.add_argument("--generated", type=Path, metavar="PATH", help="folder, or .npz with arr_0")
@@ -61,12 +61,14 @@ def parse_options() -> argparse.Namespace:
     how.add_argument("--out", type=Path, metavar="DIR", help="new folder (default: next results/evaluation-NNN)")
     how.add_argument("--fail-on-copies", action="store_true", help="exit with 4 if images copy training images")
     commands = parser.add_subparsers(dest="command", metavar="fit-extractor | adm")
-    fit = commands.add_parser("fit-extractor", help="fit the classifier of the domain's Frechet distance")
+    usage = "python evaluate.py fit-extractor --train dataset/chest-xray/train --out results/xray.safetensors"
+    fit = commands.add_parser("fit-extractor", help="fit the classifier of the domain's distance", epilog=usage)
     fit.add_argument("--train", type=Path, required=True, metavar="DIR", help="real training images with classes")
     fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors to write")
     fit.add_argument("--epochs", type=int, default=30, metavar="N", help="at most (default: 30)")
     fit.add_argument("--seed", type=int, default=0, help="of the fit (default: 0)")
-    pair = commands.add_parser("adm", parents=[shared], help="IS, FID, sFID, precision and recall of two .npz files")
+    usage, of_two = "python evaluate.py adm REF.npz SAMPLE.npz", "IS, FID, sFID, precision, recall of two .npz files"
+    pair = commands.add_parser("adm", parents=[shared], help=of_two, epilog=usage)
     pair.add_argument("reference", type=Path, metavar="REF.npz", help="images (arr_0) or moments")
     pair.add_argument("samples", type=Path, metavar="SAMPLE.npz", help="images (arr_0)")
     options = parser.parse_args()

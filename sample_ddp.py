@@ -43,12 +43,16 @@ def parse_options() -> argparse.Namespace:
     parser = Parser(description=__doc__)
     what = parser.add_argument_group("what to draw")
     what.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N", help="images (default: 50000)")
-    what.add_argument("--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="(default: samples)")
+    what.add_argument(
+        "--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="of all sets (default: samples)"
+    )
     what.add_argument("--no-png", action="store_true", help="make the .npz only")
     what.add_argument("--global-seed", type=int, default=0, metavar="N", help="of noise and classes (default: 0)")
     what.add_argument("--balanced", action="store_true", help="all classes equally often, in turn")
     what.add_argument("--metadata", type=Path, metavar="PATH", help="metadata.csv, or its folder: PixArt's prompts")
-    what.add_argument("--caption-column", default="text", metavar="NAME", help="of prompts (default: text; or none)")
+    what.add_argument(
+        "--caption-column", default="text", metavar="NAME", help="of the prompts (default: text); none: no words"
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", metavar="NAME", help="DiT-XL/2 ... (default: the checkpoint's), or PixArt's folder")
     model.add_argument("--ckpt", type=Path, metavar="FILE", help="DiT checkpoint (default: the published DiT-XL/2)")

@@ -123,9 +123,9 @@ def build(opts: DiTOptions, source: Source, device: torch.device) -> DiT:
     return model.to(device)
 
 
-def main(preset: str | None = None) -> int:
+def main(preset: str | None = None, description: str | None = __doc__) -> int:
     opts: DiTOptions = parse(
-        DiTOptions, __doc__, presets=PRESETS, preset_option="options", preset=preset, aliases=ALIASES
+        DiTOptions, description, presets=PRESETS, preset_option="options", preset=preset, aliases=ALIASES
     )
     stopping.end_with_launcher()
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(hours=2))  # others wait for saves, grids

@@ -17,7 +17,9 @@ CHECKPOINTING = ("none", "full", "selective")
 class DiTOptions:
     """Everything that `train.py` can be told; the flags of fast-DiT's commands keep their names and defaults."""
 
-    options: str | None = option(None, "model", "a row of train_options/: original, baseline, tf32_disabled, amp, ...")
+    options: str | None = option(
+        None, "model", "a preset of train_options/: original, baseline, tf32_disabled, amp, features"
+    )
     model: str = option("DiT-XL/2", "model", "size and patch: DiT-{XL,L,B,S}/{2,4,8}")
     image_size: int | None = option(None, "model", "side of the images in pixels (default: the features', else 256)")
     num_classes: int | None = option(None, "model", "classes (default: the data's, 1000 for features without names)")

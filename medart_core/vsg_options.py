@@ -41,16 +41,16 @@ class VSGOptions:
 
     batch_size: int = option(16, "sampling", "images of a chunk, the unit of work and restart")
     seed: int = option(0, "sampling", "of the noise; an image's depends on its name and attempt besides")
-    attempts: int = option(5, "sampling", "descriptions that are drawn of an image before its simple caption is taken")
+    attempts: int = option(5, "sampling", "descriptions that are tried before an image keeps its simple caption")
     max_new_tokens: int = option(150, "sampling", "tokens after which a description is cut off")
     temperature: float = option(0.8, "sampling", "of the choice of tokens; 0: always the likeliest")
     top_k: int = option(
         50,
         "sampling",
-        "choose among that many tokens, 1,000 at most; 0: do not tell a server, OpenAI's own knows it not",
+        "choose among that many tokens, 1,000 at most; 0: not sent to a server, for OpenAI's own rejects it",
     )
     top_p: float = option(0.9, "sampling", "choose among the tokens that make up this share")
-    force_prefix: bool = option(False, "sampling", "begin every answer with the simple caption, by force")
+    force_prefix: bool = option(False, "sampling", "make every answer begin with the simple caption")
 
     domain: str | None = option(None, "captions", "what the images are (default: read from the simple captions)")
     features: str | None = option(

@@ -522,6 +522,9 @@ def start_preset(name: str, folder: Path, *launcher: str) -> subprocess.Complete
 def test_each_preset_is_a_script_that_runs_in_place(tmp_path):
     done = start_preset("features", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: --data-path /no/such/images does not exist")
+    for words in ("import train", "import medart"):  # libraries say nothing while they load
+        quiet = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+        assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
     code = {}
     for name in PRESETS:
         source = (ROOT / "train_options" / f"train_{name}.py").read_text()

@@ -1,6 +1,8 @@
 """With recomputed blocks in 16 bits, fp16 if the launcher says so, else bf16; images are encoded in every step.
 
-accelerate launch --mixed_precision fp16 train_options/train_amp.py --model DiT-XL/2 --data-path DIR
+    accelerate launch --mixed_precision fp16 train_options/train_amp.py --model DiT-XL/2 --data-path DIR
+
+Everything else is as in train.py.
 """
 
 import sys
@@ -12,4 +14,4 @@ from train import main
 
 if __name__ == "__main__":
     with exit_codes():
-        sys.exit(main("amp"))
+        sys.exit(main("amp", __doc__))

@@ -1,6 +1,8 @@
 """DiT as it was first published: images are encoded in every step, activations are kept, fp32 with TF32 products.
 
-torchrun --nnodes=1 --nproc_per_node=N train_options/train_original.py --model DiT-XL/2 --data-path DIR
+    torchrun --nnodes=1 --nproc_per_node=N train_options/train_original.py --model DiT-XL/2 --data-path DIR
+
+Everything else is as in train.py.
 """
 
 import sys
@@ -12,4 +14,4 @@ from train import main
 
 if __name__ == "__main__":
     with exit_codes():
-        sys.exit(main("original"))
+        sys.exit(main("original", __doc__))
