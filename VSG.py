@@ -10,6 +10,7 @@ every image, and why they were rejected. After a kill at any moment the same com
 mistake, told in one line; 3 when more than --max-fallback of the images kept their simple caption; 143, 130 by signal.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import os
 import sys
 import time
@@ -25,7 +26,6 @@ from tqdm import tqdm
 from llava_next_captioner import checks, engines, prompts, shortening
 from medart_core import caption_report, captioners, captioning, checkpoint, devices, stopping, text, training_data
 from medart_core.captioning import Described, Split
-from medart_core.errors import UserError, exit_codes
 from medart_core.journal import Journal
 from medart_core.options import parse
 from medart_core.vsg_options import VSGOptions

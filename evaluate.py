@@ -10,6 +10,7 @@ Every figure comes with its interval, the floor that real images reach, the numb
 features' network. What cannot be measured is named, with what it needs. Nothing is downloaded.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
 import json
 import os
@@ -25,7 +26,6 @@ from torch import distributed
 
 from medart_core import sources
 from medart_core.checkpoint import disk_faults
-from medart_core.errors import UserError, exit_codes
 from medart_core.evaluation import adm, classifier, figures, images, page, report, sheets
 from medart_core.evaluation.colour import ColourExtractor
 from medart_core.evaluation.features import extract_all, rank_and_size

@@ -8,6 +8,7 @@
 for any number of processes; on a CPU each of them uses one core. After an interruption the same command goes on.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
 import os
 from datetime import timedelta
@@ -20,7 +21,6 @@ from tqdm import tqdm
 
 from medart_core import feature_store, labelled_images, latents, pretrained, stopping
 from medart_core.dit_data import DEFAULT_FEATURES
-from medart_core.errors import UserError, exit_codes
 from medart_core.options import Parser
 
 

@@ -11,6 +11,7 @@ real image of the same caption, and that loss is backpropagated through the VAE 
 To resume, run the same command again.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import math
 import os
 import sys
@@ -27,7 +28,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-import medart_core  # noqa: F401  before diffusers_grad: it keeps bitsandbytes from warning of what is not used
 from diffusers_grad import decode_latents, sample_latents
 from medart_core import (
     checkpoint,
@@ -45,7 +45,6 @@ from medart_core import (
     training_data,
 )
 from medart_core.denoising import denoising_loss, validation_loss
-from medart_core.errors import UserError, exit_codes
 from medart_core.lean_lora import merged
 from medart_core.medart_options import FREE_ON_RESUME, MedArtOptions, image_sides
 from medart_core.objectives import COLOR_LOSSES, color_report
@@ -99,7 +98,7 @@ def color_gradient(model: PixArt, batch: dict, dataset, draws: SharedDraws, para
     pretrained.set_gradient_checkpointing(model, opts.gradient_checkpointing)
     grad_norm = lora_layers.gradients(parameters).sub_(before).norm()
     if grad_norm == 0:
-        raise UserError("the colour loss carries no gradient, HLDF would be inactive: is the sampler under no_grad?")
+        raise UserError("the colour loss carries no gradient, HLDF would do nothing; take the sampler out of no_grad")
     return {"loss_color": loss.detach(), "grad_norm_hldf": grad_norm, **color_report(generated, real, *masks)}
 
 

@@ -13,6 +13,7 @@ A group (a patient, a lesion, near-identical frames, or what --group-pattern fin
 split. A second run does nothing.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
 import re
 import sys
@@ -20,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 from medart_core import labelled_sets, packaged_sets, prepared, sources
-from medart_core.errors import UserError, exit_codes
 from medart_core.options import Parser
 from medart_core.prepared import Picture
 
@@ -93,7 +93,10 @@ def complete_options(options: argparse.Namespace) -> None:
     try:
         re.compile(options.group_pattern or "")
     except re.error as error:
-        raise UserError(f"--group-pattern {options.group_pattern!r} is no regular expression ({error})") from error
+        raise UserError(
+            f"--group-pattern {options.group_pattern!r} is no regular expression ({error}); "
+            r"give one such as 'person(\d+)'"
+        ) from error
 
 
 def pictures_of(options: argparse.Namespace) -> tuple[list[Path], list[Picture]]:

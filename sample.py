@@ -13,6 +13,7 @@ Which family is sampled, printed at the start: --model DiT-*, --ckpt or --class-
 An image depends on its prompt and seed only; with DiT on its class, the seed and its number.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
 import sys
 from collections.abc import Iterable
@@ -24,7 +25,6 @@ from torch import Tensor
 
 from medart_core import devices, dit_checkpoint, dit_sampling, lora, pretrained, sample_folder, tuned_model
 from medart_core.checkpoint import FINISHED
-from medart_core.errors import UserError, exit_codes
 from medart_core.medart_options import image_sides, resolution
 from medart_core.options import Parser
 from medart_core.pictures import image_grid

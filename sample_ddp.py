@@ -9,6 +9,7 @@ An image depends on its number, the seed, and its class or prompt. Work is cut b
 by a grey level at most. On a CPU each process uses one core. After an interruption the same command goes on.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
 import hashlib
 from collections.abc import Callable
@@ -32,7 +33,6 @@ from medart_core import (
     stopping,
     tuned_model,
 )
-from medart_core.errors import UserError, exit_codes
 from medart_core.many_samples import SampleStore, fingerprint
 from medart_core.options import Parser
 from medart_core.text import MAX_TOKENS

@@ -8,13 +8,16 @@ The folder holds pytorch_lora_weights.safetensors (diffusers, OneTrainer), comfy
 of the training images. The hub's token is that of `hf auth login`, or HF_TOKEN.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
 
+import huggingface_hub
+
 from medart_core import checkpoint, lora, model_card, tuned_model
-from medart_core.errors import UserError, exit_codes
 from medart_core.options import Parser
 
 ROOT = Path(__file__).resolve().parent
@@ -40,6 +43,8 @@ def parse_options() -> argparse.Namespace:
         raise UserError("--push_to_hub publishes what images have taught; say under which licence: --data-license")
     if (options.dry_run or options.private) and not options.push_to_hub:
         raise UserError("--dry_run and --private are for an upload; add --push_to_hub USER/NAME, or leave them out")
+    if options.push_to_hub and not options.dry_run and not huggingface_hub.get_token():
+        raise UserError("--push_to_hub finds no token of the hub; run `hf auth login`, or set HF_TOKEN")
     return options
 
 
@@ -79,16 +84,15 @@ def push(folder: Path, name: str, private: bool) -> str:
     Raises:
         UserError: if the hub cannot be reached, or does not let us.
     """
-    from huggingface_hub import HfApi
-
     try:
-        url = HfApi().create_repo(name, private=private, exist_ok=True)
-        HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="LoRA with model card")
+        url = huggingface_hub.HfApi().create_repo(name, private=private, exist_ok=True)
+        huggingface_hub.HfApi().upload_folder(repo_id=name, folder_path=folder, commit_message="LoRA with model card")
     except Exception as error:  # of many types, from the network and from the hub
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
+        reason = said.splitlines()[0].rstrip(".")
         raise UserError(
             f"cannot upload to {name} ({reason}); check the name, the network and `hf auth login`; "
-            f"the folder is ready: hf upload {name} {folder}"
+            f"the folder is ready: hf upload {name} {shlex.quote(str(folder))}"
         ) from error
     return str(url)
 

@@ -7,6 +7,7 @@ A run leaves results/NNN-DiT-XL-2 with log.txt, log.jsonl, sample grids and chec
 args), which sample.py --ckpt draws from. To resume, run the same command again. train_options/ has presets.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import os
 import sys
 import time
@@ -18,14 +19,12 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-import medart_core  # noqa: F401  before diffusers_grad: it keeps bitsandbytes from warning of what is not used
 from diffusers_grad.attention import attend
 from medart_core import checkpoint, devices, dit_checkpoint, dit_data, numbered_runs, stopping
 from medart_core.dit_data import Source, training_batches
 from medart_core.dit_log import DiTLog, SampleGrids, validation_loss
 from medart_core.dit_options import ALIASES, DiTOptions
 from medart_core.dit_run import DiTRun, micro_batch_size
-from medart_core.errors import UserError, exit_codes
 from medart_core.gaussian_diffusion import NUM_TIMESTEPS, GaussianDiffusion
 from medart_core.objectives import diffusion_loss
 from medart_core.options import parse
@@ -116,7 +115,8 @@ def build(opts: DiTOptions, source: Source, device: torch.device) -> DiT:
         like = {"image_size": source.image_size, "num_classes": source.num_classes}
         loaded = dit_checkpoint.load(DiT_models, weights, name=opts.model, **like)
         if loaded.state_dict().keys() != model.state_dict().keys():
-            raise UserError(f"{opts.ckpt} was trained {'without' if opts.qk_norm else 'with'} --qk-norm; do it alike")
+            how, remedy = ("without", "leave it out") if opts.qk_norm else ("with", "add it")
+            raise UserError(f"{opts.ckpt} was trained {how} --qk-norm; {remedy}")
         model.load_state_dict(loaded.state_dict())
     model.set_checkpointing(opts.gradient_checkpointing)
     model.set_attention(attend)
@@ -138,7 +138,8 @@ def main(preset: str | None = None, description: str | None = __doc__) -> int:
     name, work, held_out = opts.model.replace("/", "-"), [0, 0], None
     with stopping.first_process_first(device):
         if rest := opts.global_batch_size % state.num_processes:
-            raise UserError(f"--global-batch-size leaves {rest} images over for {state.num_processes} processes")
+            shared = f"{opts.global_batch_size} images among {state.num_processes} processes"
+            raise UserError(f"--global-batch-size shares {shared} with {rest} left over; give a multiple")
         like = {"image_size": opts.image_size, "num_classes": opts.num_classes, "vae": opts.vae}
         source = dit_data.open_source(opts.features_path, opts.data_path, device, num_workers=opts.num_workers, **like)
         model = build(opts, source, device)

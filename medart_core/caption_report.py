@@ -27,7 +27,9 @@ def report(journals: Sequence[tuple[Split, Journal]], picture: Path, max_fallbac
         picture.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(picture)
     except OSError as error:
-        raise UserError(f"all is described, but {picture} cannot be written ({error}); see --picture") from error
+        raise UserError(
+            f"all is described, but {picture} cannot be written ({error}); give another --picture"
+        ) from error
     print(f"picture: {picture}", flush=True)
     if summary["fallen_back_share"] <= max_fallback:
         return 0

@@ -237,7 +237,9 @@ def open_journal(
     if not owner:
         return Journal.read(path, split.names)
     if not overwrite and len(captions_of_person(split, {})) == len(split.rows) and not path.exists():
-        raise UserError(f"{split.folder / CAPTIONS} has longer captions for all images already; see --overwrite")
+        raise UserError(
+            f"{split.folder / CAPTIONS} has longer captions for all images already; to replace them add --overwrite"
+        )
     with disk_faults(split.folder, "nothing is lost"):
         take(split.folder, work="describes images", remedy="describe a copy of the folder")
         return begin(path, split.names, {**settings, "raw.csv": split.digest()}, split.wanted(max_images), overwrite)

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from medart_core.errors import UserError
+from medart_core.errors import DISK_FAULTS, UserError
 
 OPTIONS, FINISHED, MANIFEST, LOCK = "options.json", "finished.json", "manifest.json", ".lock"
 TEMPORARY = ".unfinished-"
 REPLACED = ".replaced-"
 PREFIX = "checkpoint-"
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 GROWING = ("max_train_steps", "num_train_epochs")  # a resumed run may be longer than the first, never shorter
 
 

@@ -102,7 +102,8 @@ class OldFeatures:
         self.latent_shape, self.image_size, self.vae = shape[-3:], shape[-1] * 8, vae
         if image_size not in (None, self.image_size):
             raise UserError(
-                f"{self.features} is of {self.image_size} px images, not of {image_size}; see --image-size"
+                f"{self.features} is of {self.image_size} px images, not of {image_size}; "
+                f"give --image-size {self.image_size}, or extract the features anew"
             )
         self.class_names, self.num_classes = [], num_classes
 
@@ -125,7 +126,11 @@ class OldFeatures:
         features = np.stack([_old_array(self.features / name, self.latent_shape) for name in names])
         labels = np.concatenate([_old_array(self.labels / name, (1,)) for name in names])
         if not 0 <= labels.min() <= labels.max() < self.num_classes:
-            raise UserError(f"{self.labels} has class {labels.max()}; --num-classes is {self.num_classes}")
+            worst = labels.min() if labels.min() < 0 else labels.max()
+            raise UserError(
+                f"{self.labels} has class {worst}, the classes are 0 to {self.num_classes - 1}; "
+                "correct --num-classes, or extract the features anew"
+            )
         return torch.from_numpy(features), torch.from_numpy(labels.astype(np.int64))
 
     def latents(self, values: Tensor, noise: Tensor) -> Tensor:
@@ -230,11 +235,16 @@ def open_source(
             return OldFeatures(folder, image_size, num_classes or 1000, vae or "ema")
         source = StoredMoments(FeatureStore(folder))
         if image_size not in (None, source.image_size):
-            raise UserError(f"{folder} holds features of {source.image_size} px images, not of {image_size}")
+            raise UserError(
+                f"{folder} holds features of {source.image_size} px images, not of {image_size}; "
+                f"give --image-size {source.image_size}, or extract others"
+            )
         if vae not in (None, source.vae):
-            raise UserError(f"{folder} was made with --vae {source.vae}, not with {vae}")
+            raise UserError(f"{folder} was made with --vae {source.vae}, not with {vae}; give that, or extract others")
     if num_classes is not None and num_classes < source.num_classes:
-        raise UserError(f"--num-classes is {num_classes}, but the data have {source.num_classes} classes")
+        raise UserError(
+            f"--num-classes is {num_classes}, but the data have {source.num_classes} classes; give at least that"
+        )
     if num_classes is not None:
         if source.class_names:
             further = [f"class {number}" for number in range(source.num_classes, num_classes)]

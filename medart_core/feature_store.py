@@ -126,7 +126,10 @@ class FeatureStore:
     def __init__(self, folder: Path):
         if (folder / STARTED).exists():
             raise UserError(f"{folder} is not finished: run extract_features.py again, it goes on where it was")
-        checkpoint.verify(folder, summed_bytes=SUMMED_BYTES)
+        try:
+            checkpoint.verify(folder, summed_bytes=SUMMED_BYTES)
+        except UserError as error:
+            raise UserError(f"{error}; remove {folder} and extract the features anew") from error
         self.folder, index = folder, checkpoint.read_json(folder / INDEX, OPTION)
         self.class_names: list[str] = index["class_names"]
         self.image_size: int = index["image_size"]

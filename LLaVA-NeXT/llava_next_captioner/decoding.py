@@ -26,7 +26,8 @@ class Sampling:
             raise CaptionerError(f"top_k is {self.top_k}: give a number between 1 and 1000")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_new_tokens < 1:
             raise CaptionerError(
-                "the temperature must not be below 0, nor max_new_tokens below 1; top_p lies in (0, 1]"
+                f"temperature is {self.temperature}, top_p {self.top_p}, max_new_tokens {self.max_new_tokens}: "
+                "give 0 or more, above 0 and at most 1, 1 or more"
             )
 
 

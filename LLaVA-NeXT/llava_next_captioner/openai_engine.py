@@ -101,6 +101,9 @@ class OpenAIEngine:
                 raise CaptionerError(f"{request.name}: {reason}")
         raise AssertionError("unreachable")
 
+    def _no_answer(self) -> str:
+        return f"no answer within {self.timeout:g} s from {self.address}; allow more time, or fewer requests at once"
+
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json", **_authorization()}
         request = urllib.request.Request(self.address, body, headers)
@@ -111,11 +114,11 @@ class OpenAIEngine:
         except urllib.error.HTTPError as error:
             raise _Failed.from_status(error, self.address) from None
         except TimeoutError:
-            raise _Failed(f"no answer within {self.timeout:g} s from {self.address}") from None
+            raise _Failed(self._no_answer()) from None
         except (OSError, http.client.HTTPException) as error:
             cause = getattr(error, "reason", error)
             if isinstance(cause, TimeoutError):
-                raise _Failed(f"no answer within {self.timeout:g} s from {self.address}") from None
+                raise _Failed(self._no_answer()) from None
             raise _Failed(
                 f"{self.address} cannot be reached ({_one_line(str(cause) or type(cause).__name__)}); "
                 "start the server, or correct its address"
@@ -167,7 +170,8 @@ class _Failed(Exception):
             said = _one_line(error.read(2000).decode("utf-8", "replace"))
         except (OSError, http.client.HTTPException):
             said = ""
-        reason = f"{address} answered HTTP {error.code}" + (f": {said}" if said else "")
+        remedy = "correct the address, or the model's name" if error.code == 404 else "the server's log may tell why"
+        reason = f"{address} answered HTTP {error.code}" + (f": {said}" if said else "") + f"; {remedy}"
         if error.code in PASSING:
             return cls(reason, _retry_after(error.headers.get("Retry-After")))
         return cls(reason, final=True, refused=error.code in REFUSED)
@@ -210,11 +214,11 @@ def _read_until(reply: Any, deadline: float) -> bytes:
         parts.append(part)
         size += len(part)
         if size > MAX_REPLY:
-            raise _Failed(f"the server's answer is longer than {MAX_REPLY} bytes")
+            raise _Failed(f"the server's answer is longer than {MAX_REPLY} bytes; correct its address")
         if time.monotonic() > deadline:
             raise TimeoutError
     if reply.length:
-        raise _Failed("the server's answer broke off")
+        raise _Failed("the server's answer broke off; its log may tell why")
     return b"".join(parts)
 
 
@@ -228,7 +232,7 @@ def _read_answer(reply: bytes, prefix: str) -> Answer:
             raise TypeError
     except (ValueError, LookupError, TypeError, AttributeError):
         said = _one_line(reply[:2000].decode("utf-8", "replace"))
-        raise _Failed(f"the server's answer is no chat completion: {said}") from None
+        raise _Failed(f"the server's answer is no chat completion ({said}); correct its address") from None
     if prefix and not text.lstrip().startswith(prefix):
         text = prefix + text
     return Answer(text.strip(), tokens, reason == "stop")

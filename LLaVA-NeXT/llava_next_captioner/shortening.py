@@ -48,6 +48,9 @@ class T5Shortener:
                 model: Any = T5ForConditionalGeneration.from_pretrained(self.model)
             except (OSError, ValueError) as error:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
-                raise CaptionerError(f"cannot load the shortener {self.model}: {first}") from error
+                raise CaptionerError(
+                    f"cannot load the shortener {self.model}: {first.rstrip('.')}; download it where there is a "
+                    f"network (hf download {self.model}), or shorten by dropping sentences"
+                ) from error
             self._loaded = tokenizer, model.to(self.device).eval()
         return self._loaded

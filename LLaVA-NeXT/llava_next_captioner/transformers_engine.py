@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -140,7 +141,9 @@ class TransformersChunk:
                 answers += self._sample(picks[start : start + len(self._requests)])
         except torch.OutOfMemoryError as error:
             count = len(self._requests)
-            raise CaptionerError(f"the GPU's memory is too small for {count} images at a time: take fewer") from error
+            raise CaptionerError(
+                f"the GPU's memory is too small for {count} images at a time: take fewer, by a smaller batch size"
+            ) from error
         return answers
 
     def _sample(self, picks: Sequence[tuple[int, int]]) -> list[Answer]:
@@ -170,14 +173,17 @@ def load(model: str, dtype: torch.dtype, device: torch.device, attn: str = "sdpa
     try:
         kind = AutoConfig.from_pretrained(model).model_type
         if kind != "llava_next":
-            raise CaptionerError(f"{model} is a model of kind {kind}, not llava_next")
+            raise CaptionerError(f"{model} is a model of kind {kind}: give a llava_next one, or serve it with vLLM")
         processor: Any = AutoProcessor.from_pretrained(model)
         loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(model, dtype=dtype, attn_implementation=attn)
     except CaptionerError:
         raise
     except Exception as error:  # a broken file is told by as many kinds of errors as there are libraries below
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CaptionerError(f"cannot load {model}: {first}") from error
+        remedy = f"download it where there is a network (hf download {model}) and give the folder"
+        if Path(model).is_dir():
+            remedy = "copy or download the folder again"
+        raise CaptionerError(f"cannot load {model}: {first.rstrip('.')}; {remedy}") from error
     if processor.patch_size is None:  # left out in older conversions; prompts would come out with too few image tokens
         processor.patch_size = loaded.config.vision_config.patch_size
         processor.vision_feature_select_strategy = loaded.config.vision_feature_select_strategy

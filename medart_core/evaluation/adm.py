@@ -64,7 +64,8 @@ def read_side(path: Path, extractor: AdmExtractor, cache: Path) -> Side:
         sizes = (NUM_FEATURES, extractor.num_features - NUM_FEATURES)
         if [part.shape for part in found] != [shape for size in sizes for shape in ((size,), (size, size))]:
             raise UserError(
-                f"{path}: the moments have the shapes {[part.shape for part in found]}; {sizes} are needed"
+                f"{path}: the moments have the shapes {[part.shape for part in found]}, not those of {sizes} "
+                "features; give a file that ADM's evaluator reads"
             )
         return Side(features, gaussian(found[0], found[1]), gaussian(found[2], found[3]))
     if features is None:

@@ -98,7 +98,7 @@ def fit(
     members = _members(train)
     several = sum(len(rows) > 1 for rows in members)
     if several < MIN_PATIENTS:
-        raise UserError(f"{several} patients have several images; to tell patients apart takes {MIN_PATIENTS}")
+        raise UserError(f"{several} patients have several images, {MIN_PATIENTS} are needed; give more of --train")
     network = small_resnet.build(DIMENSIONS, seed).to(device)  # pyright: ignore[reportArgumentType]
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
