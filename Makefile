@@ -11,7 +11,7 @@ help:
 	@echo "make demo     describe chest X-rays, fine-tune the bundled model on that, evaluate it, 15 minutes"
 	@echo "              -> medart/demo.png, medart/evaluation/report.html"
 	@echo "QUICK=1 make demo  the same with fewer images and steps, 5 minutes -> results/quick-demo/"
-	@echo "make demo-dit a class-conditional DiT on chest X-rays, 10 minutes on 2 cores -> results/demo-dit/demo-dit.png"
+	@echo "make demo-dit a class-conditional DiT on chest X-rays, 7 minutes on 2 cores -> results/demo-dit/demo-dit.png"
 	@echo "make app      the web demo, at http://127.0.0.1:7860"
 	@echo "make test     run the tests"
 	@echo "make test-app the web demo's tests, which need a Chromium; make test then has them, too"
@@ -22,7 +22,7 @@ help:
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
 	@echo "make ablation the paper's ablation at bundled scale, hours -> results/ablation (make ablation-quick: 15 minutes)"
 	@echo "make tables   put the figures of results/ into README and docs"
-	@echo "make figures  run the demos and put their pictures and the web demo's into img/ for the README; needs a Chromium"
+	@echo "make figures  draw the pictures of README and docs anew, into img/; half an hour, needs a Chromium"
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"
 
 demo: .venv/.installed
@@ -70,10 +70,9 @@ nano: .venv/.installed
 	$(PY) nano/train_captioner.py
 	$(PY) nano/check_captioner.py
 
-figures: demo demo-dit .venv/.installed-app-dev
-	mkdir -p img
-	cp medart/demo.png img/demo.png
-	cp results/captions.png img/captions.png
+figures: demo .venv/.installed-app-dev
+	$(PY) nano/demo_dit.py --steps 3000 --out results/dit
+	cp medart/demo.png results/captions.png results/dit/demo-dit.png img
 	$(PY) tests/app_browser.py img
 
 ablation: .venv/.installed
