@@ -81,7 +81,7 @@ def _cards(figures: Mapping[str, Measured]) -> Iterable[str]:
     """To each question the first of its figures."""
     for question, found in by_question(figures).items():
         name, figure = next(iter(found.items()))
-        beside = escape(beside_floor(name, figure) or title_of(name).says)
+        beside = escape(beside_floor(name, figure) or title_of(name).says).replace(" %", "&nbsp;%")
         yield (
             f"<div>{escape(question)}<b>{put(name, figure.value)}</b>{escape(title_of(name).name)}"
             f"<br><small>{beside}</small></div>"
