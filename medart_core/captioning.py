@@ -71,6 +71,8 @@ def read_splits(data_dir: Path, chunk_size: int) -> list[Split]:
     Raises:
         UserError: naming the first fault of a raw.csv and how many there are, or if there is none.
     """
+    if not data_dir.is_dir():
+        raise UserError(f"the folder {data_dir} does not exist; check --data-dir, or make the folder with prepare.py")
     folders = [data_dir] if (data_dir / SIMPLE_CAPTIONS).is_file() else _folders_below(data_dir)
     if not folders:
         raise UserError(

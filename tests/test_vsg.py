@@ -555,6 +555,7 @@ def test_random_weights_describe_no_set_that_was_not_named() -> None:
 
 def test_a_folder_without_captions_or_with_another_table_is_refused(vsg, tmp_path) -> None:
     assert "has no raw.csv" in vsg(tmp_path)[1]
+    assert f"the folder {tmp_path / 'gone'} does not exist; check --data-dir" in vsg(tmp_path / "gone")[1]
     folder = make_set(tmp_path / "train", 2)
     (folder / "metadata.jsonl").write_text("{}\n")
     assert "move it away" in vsg(folder)[1]
