@@ -155,8 +155,8 @@ def test_engine_from_a_folder(tiny, requests, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "tiny", tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "model.safetensors", 5000)
     for model, settings, message in [
-        (tmp_path / "absent", {}, "cannot load"),
-        (tmp_path / "cut", {}, "cannot load"),
+        (tmp_path / "absent", {}, "cannot load.*hf download"),
+        (tmp_path / "cut", {}, "cannot load.*copy or download the folder again"),
         (tmp_path / "t5", {}, "is a model of kind t5"),
         (tmp_path / "tiny", {"attn": "eager"}, "choose from sdpa"),
         (tmp_path / "tiny", {"top_k": 0}, "top_k is 0"),
@@ -198,5 +198,5 @@ def test_t5_shortener(tmp_path: Path) -> None:
     seen: list[str] = []
     assert shortener("A long text.", lambda text: not seen.append(text)) == seen[0]
     assert shortener("A long text.", lambda text: False) is None
-    with pytest.raises(CaptionerError, match="cannot load the shortener"):
+    with pytest.raises(CaptionerError, match="cannot load the shortener.*hf download"):
         T5Shortener(str(tmp_path / "absent"))("A long text.", bool)
