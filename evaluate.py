@@ -74,8 +74,9 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if not options.command and not (options.generated and options.real):
         raise UserError("nothing to measure; give --generated and --real, or a command (see --help)")
-    if not options.command and options.resamples < 2:
-        raise UserError(f"--resamples is {options.resamples}; give at least 2")
+    for name, least in (("resamples", 2), ("utility_seeds", 0), ("num_images", 1), ("epochs", 1)):
+        if (value := getattr(options, name, None)) is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give at least {least}")
     return options
 
 
@@ -145,8 +146,8 @@ def choose_folder(out: Path | None) -> Path:
     """A folder without a report: finished ones are never overwritten."""
     if out is None:
         out = next(path for n in range(1, 10_000) if not (path := ROOT / "results" / f"evaluation-{n:03d}").exists())
-    if (out / "report.json").exists():
-        raise UserError(f"{out} holds a report already; choose another --out, or remove it")
+    if out.is_file() or (out / "report.json").exists():
+        raise UserError(f"{out} {'is a file' if out.is_file() else 'holds a report already'}; choose another --out")
     return out
 
 

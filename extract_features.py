@@ -44,6 +44,9 @@ def parse_options() -> argparse.Namespace:
     options = parser.parse_args()
     if options.image_size < 8 or options.image_size % 8:
         raise UserError(f"--image-size is {options.image_size}; give a multiple of 8 such as 256")
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least {least}")
     return options
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from medart_core import devices, dit_checkpoint, dit_sampling, lora, pretrained, sample_folder, tuned_model
-from medart_core.checkpoint import FINISHED
+from medart_core.checkpoint import FINISHED, disk_faults
 from medart_core.medart_options import image_sides, resolution
 from medart_core.options import Parser
 from medart_core.pictures import image_grid
@@ -81,6 +81,8 @@ def parse_options() -> argparse.Namespace:
     for name in ("num_images", "num_inference_steps", "batch_size"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least 1")
+    if options.image_size is not None and min(height_and_width(options.image_size)) < 1:
+        raise UserError(f"--image-size is {options.image_size}; give a side such as 256")
     return options
 
 
@@ -97,12 +99,7 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     sampler.add_argument(
         "--guided-channels", type=int, choices=(3, 4), default=3, help="of DiT's noise (default: 3, as published)"
     )
-    sampler.add_argument(
-        "--image-size",
-        type=resolution,
-        metavar="PIXELS",
-        help="side, or height x width: 384x640 (default: as the model)",
-    )
+    sampler.add_argument("--image-size", type=resolution, metavar="N|HxW", help="in pixels (default: as the model)")
     sampler.add_argument("--batch-size", type=int, default=4, metavar="N", help="images at a time (default: 4)")
 
 
@@ -133,11 +130,13 @@ def choose_prompts(options: argparse.Namespace, settings: dict) -> list[str]:
     prompts = list(options.prompt or [])
     if options.prompts:
         if not options.prompts.is_file():
-            raise UserError(f"{options.prompts} does not exist; give a text file with one prompt per line")
+            raise UserError(f"{options.prompts} is no file; give a text file with one prompt per line")
         try:
             lines = options.prompts.read_text("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise UserError(f"{options.prompts} is not UTF-8 ({error}); save it as UTF-8 text") from error
+        if not any(map(str.strip, lines)):
+            raise UserError(f"{options.prompts} holds no prompts; write one per line")
         prompts += [line.strip() for line in lines if line.strip()]
     return prompts or settings.get("prompts") or settings.get("validation_prompt") or NANO_PROMPTS
 
@@ -155,7 +154,8 @@ def merge(options: argparse.Namespace) -> None:
         raise UserError("--merge has nothing to merge; give --lora")
     if options.merge.exists() and (options.merge.is_file() or any(options.merge.iterdir())):
         raise UserError(f"{options.merge} is not an empty folder; choose another --merge, or remove it")
-    lora.merge(load_pixart(options, torch.float32, torch.device("cpu")), options.merge)
+    with disk_faults(options.merge, "remove what is there"):
+        lora.merge(load_pixart(options, torch.float32, torch.device("cpu")), options.merge)
     names = " and ".join(map(str, options.lora))
     print(f"{names} merged: PixArtAlphaPipeline.from_pretrained({str(options.merge)!r}) loads it")
 
@@ -176,7 +176,7 @@ def order_pixart(options: argparse.Namespace, dtype: torch.dtype, device: torch.
     model = load_pixart(options, dtype, device)
     size = height_and_width(options.image_size or model.image_size)
     step = 2 * model.vae_scale_factor
-    if any(side <= 0 or side % step for side in size):
+    if any(side % step for side in size):
         raise UserError(f"--image-size {options.image_size} does not fit the model; give a multiple of {step}")
     columns = options.num_images or 4
     table = [{"text": prompt, "seed": options.seed + n} for prompt in prompts for n in range(columns)]

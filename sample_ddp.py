@@ -83,6 +83,8 @@ def parse_options() -> argparse.Namespace:
     for name in ("num_fid_samples", "per_proc_batch_size"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; give at least 1")
+    if options.image_size is not None and options.image_size < 1:
+        raise UserError(f"--image-size is {options.image_size}; give a side such as 256")
     if options.cfg_scale is not None and options.cfg_scale < 1:
         raise UserError(f"--cfg-scale is {options.cfg_scale}; give at least 1, which is no guidance")
     if options.metadata and not (options.lora or options.model):

@@ -10,14 +10,15 @@ of the training images. The hub's token is that of `hf auth login`, or HF_TOKEN.
 
 from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
+import re
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 import huggingface_hub
 
 from medart_core import checkpoint, lora, model_card, tuned_model
+from medart_core.images import open_image
 from medart_core.options import Parser
 
 ROOT = Path(__file__).resolve().parent
@@ -43,8 +44,10 @@ def parse_options() -> argparse.Namespace:
         raise UserError("--push_to_hub publishes what images have taught; say under which licence: --data-license")
     if (options.dry_run or options.private) and not options.push_to_hub:
         raise UserError("--dry_run and --private are for an upload; add --push_to_hub USER/NAME, or leave them out")
+    if options.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.push_to_hub):
+        raise UserError(f"--push_to_hub is {options.push_to_hub}; give USER/NAME")
     if options.push_to_hub and not options.dry_run and not huggingface_hub.get_token():
-        raise UserError("--push_to_hub finds no token of the hub; run `hf auth login`, or set HF_TOKEN")
+        raise UserError("--push_to_hub finds no token of the hub; run hf auth login, or set HF_TOKEN")
     return options
 
 
@@ -62,7 +65,7 @@ def write_folder(options: argparse.Namespace, out: Path) -> None:
     if not any(adapter.config.use_dora for adapter in adapters.values()):  # which ComfyUI reads otherwise
         lora.export(options.lora, out / COMFYUI, layout="comfyui")
     if grid:
-        shutil.copyfile(grid, out / GRID)
+        open_image(grid).save(out / GRID)
     prompt = (settings.get("prompts") or settings.get("validation_prompt") or ["..."])[0]
     usage = [f'python sample.py --lora {lora.FILE_NAME} --prompt "{prompt}"']
     card = model_card.text(
@@ -91,7 +94,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
         reason = said.splitlines()[0].rstrip(".")
         raise UserError(
-            f"cannot upload to {name} ({reason}); check the name, the network and `hf auth login`; "
+            f"cannot upload to {name} ({reason}); check the name, the network and hf auth login; "
             f"the folder is ready: hf upload {name} {shlex.quote(str(folder))}"
         ) from error
     return str(url)

@@ -75,9 +75,10 @@ def read_splits(data_dir: Path, chunk_size: int) -> list[Split]:
         raise UserError(f"the folder {data_dir} does not exist; check --data-dir, or make the folder with prepare.py")
     folders = [data_dir] if (data_dir / SIMPLE_CAPTIONS).is_file() else _folders_below(data_dir)
     if not folders:
+        lacking = f"has no {SIMPLE_CAPTIONS}, nor has a folder in it" if data_dir.is_dir() else "is no folder"
         raise UserError(
-            f"{data_dir} has no {SIMPLE_CAPTIONS}, nor has a folder in it; make a set with prepare.py, or write one "
-            "with the columns file_name,text,label beside the images"
+            f"{data_dir} {lacking}; make a set with prepare.py, or write {SIMPLE_CAPTIONS} with the columns "
+            "file_name,text,label beside the images"
         )
     splits = []
     for folder in folders:

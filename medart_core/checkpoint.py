@@ -106,7 +106,7 @@ def disk_faults(run_dir: Path, safe: str = "its checkpoints are intact") -> Iter
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in DISK_FAULTS:
+        if isinstance(error, OSError) and error.errno not in DISK_FAULTS and error.filename != str(run_dir):
             raise
         raise UserError(
             f"cannot write in {run_dir} ({error}); {safe}: make room or "
@@ -228,7 +228,7 @@ def _check_whole(folder: Path) -> None:
         verify(folder)
     except UserError as error:
         other = latest(folder.parent, warn=False)
-        advice = f"--resume_from_checkpoint={other} is whole" if other else "no checkpoint beside it is whole either"
+        advice = f"--resume_from_checkpoint={other} is whole" if other else "leave --resume_from_checkpoint out"
         raise UserError(f"{error}; {advice}") from error
 
 

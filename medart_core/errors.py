@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator
 from types import TracebackType
 
-DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
+DISK_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EEXIST,
+    errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
 NO_MEMORY = ("out of memory", "allocate memory")  # what torch says of a GPU's and of the computer's
 
 

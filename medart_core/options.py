@@ -152,5 +152,5 @@ def read_config(file: Path, names: Sequence[str]) -> dict[str, typing.Any]:
         raise UserError(f"--config {file} holds no table of options; write name = value lines, or a JSON object")
     unknown = sorted(content.keys() - {*names, *OF_THE_MACHINE})
     if unknown:
-        raise UserError(f"--config {file} has {unknown[0]}, which is no option; --help lists them")
+        raise UserError(f"--config {file}: there is no option {unknown[0]}; --help lists them")
     return {name: value for name, value in content.items() if name not in OF_THE_MACHINE}

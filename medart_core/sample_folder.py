@@ -16,9 +16,11 @@ TABLE = "samples.csv"
 
 
 def choose(out: Path | None, results: Path) -> Path:
-    """`out`, or the next free sample-NNN in `results`. Raises UserError if there are samples in it."""
+    """`out`, or the next free sample-NNN in `results`. Raises UserError if it is a file, or holds samples."""
     if out is None:
         out = next(path for n in range(1, 10_000) if not (path := results / f"sample-{n:03d}").exists())
+    if out.is_file():
+        raise UserError(f"{out} is a file; choose another --out")
     if (out / TABLE).exists():
         raise UserError(f"{out} holds samples already; choose another --out, or remove it")
     return out

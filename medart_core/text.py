@@ -46,7 +46,8 @@ def encode_prompts(
     tokens = tokenizer(
         [clean(caption) for caption in captions],
         padding="max_length" if pad_to else "longest",
-        pad_to_multiple_of=None if pad_to else PAD_TO_MULTIPLE,
+        # Cut at a length that is no multiple, they cannot be padded to one.
+        pad_to_multiple_of=None if pad_to or max_token_length % PAD_TO_MULTIPLE else PAD_TO_MULTIPLE,
         max_length=pad_to or max_token_length,
         truncation=True,
         return_tensors="pt",

@@ -43,7 +43,12 @@ def load(
     """Training and held-out examples, every image checked; `reading` is passed on to `data.load_examples`.
 
     Held out are those of `validation_data_dir`, else of the split `val/` beside the training images, else none.
+
+    Raises:
+        UserError: if `validation_data_dir` is no folder, and as `data.load_examples` does.
     """
+    if validation_data_dir and not Path(validation_data_dir).is_dir():
+        raise UserError(f"--validation_data_dir {validation_data_dir} is no folder; correct its name, or leave it out")
     where = locate(dataset_name)
     examples = load_examples(where, max_samples=max_train_samples, **reading)
     folder = validation_data_dir or held_out_folder(where)

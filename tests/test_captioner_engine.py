@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, T5Config, T5ForConditionalGeneration
 
-from llava_next_captioner import Answer, CaptionerError, Request, TransformersEngine, decoding
+from llava_next_captioner import Answer, CaptionerError, Request, TransformersEngine, decoding, transformers_engine
 from llava_next_captioner.decoding import Sampling, choose, gumbel_noise
 from llava_next_captioner.random_weights import PUBLISHED, byte_processor, random_engine, random_model
 from llava_next_captioner.shortening import T5Shortener
@@ -155,8 +155,8 @@ def test_engine_from_a_folder(tiny, requests, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "tiny", tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "model.safetensors", 5000)
     for model, settings, message in [
-        (tmp_path / "absent", {}, "cannot load"),
-        (tmp_path / "cut", {}, "cannot load"),
+        (tmp_path / "absent", {}, "cannot load.*hf download"),
+        (tmp_path / "cut", {}, "cannot load.*copy or download the folder again"),
         (tmp_path / "t5", {}, "is a model of kind t5"),
         (tmp_path / "tiny", {"attn": "eager"}, "choose from sdpa"),
         (tmp_path / "tiny", {"top_k": 0}, "top_k is 0"),
@@ -165,6 +165,15 @@ def test_engine_from_a_folder(tiny, requests, tmp_path: Path) -> None:
         with pytest.raises(CaptionerError, match=message) as error:
             TransformersEngine(str(model), device="cpu", **settings)
         assert "\n" not in str(error.value)
+
+
+def test_a_package_that_is_missing_is_not_taken_for_a_damaged_folder(tmp_path, monkeypatch) -> None:
+    def missing(*_, **__):
+        raise ImportError("flash_attn seems not to be installed")
+
+    monkeypatch.setattr(transformers_engine.AutoConfig, "from_pretrained", missing)
+    with pytest.raises(CaptionerError, match="not to be installed; install what it names, or use the attention sdpa"):
+        TransformersEngine(str(tmp_path), device="cpu", attn="flash_attention_2")
 
 
 def test_published_shapes(tiny, requests, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,5 +207,5 @@ def test_t5_shortener(tmp_path: Path) -> None:
     seen: list[str] = []
     assert shortener("A long text.", lambda text: not seen.append(text)) == seen[0]
     assert shortener("A long text.", lambda text: False) is None
-    with pytest.raises(CaptionerError, match="cannot load the shortener"):
+    with pytest.raises(CaptionerError, match=r"cannot load the shortener.*hf download"):
         T5Shortener(str(tmp_path / "absent"))("A long text.", bool)

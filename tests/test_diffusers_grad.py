@@ -82,6 +82,17 @@ def make_pipeline(transformer: PixArtTransformer2DModel) -> Any:
     return pipeline
 
 
+def predict(transformer: Any, inputs: Inputs) -> torch.Tensor:
+    """The transformer's output by itself, at two timesteps."""
+    return transformer(
+        inputs.latents,
+        encoder_hidden_states=inputs.prompt_embeds,
+        encoder_attention_mask=inputs.prompt_attention_mask,
+        timestep=torch.tensor([500, 20]),
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample
+
+
 def official_arguments(inputs: Inputs, steps: int, guidance_scale: float) -> dict[str, Any]:
     return inputs._asdict() | {
         "negative_prompt": None,
@@ -297,18 +308,12 @@ def test_a_prompt_read_once_gives_what_a_prompt_read_in_each_step_gives(
 
 def test_after_a_rollout_the_transformer_reads_plain_embeddings_as_before() -> None:
     transformer, inputs = make_transformer(), make_inputs()
-    arguments: dict[str, Any] = {
-        "encoder_hidden_states": inputs.prompt_embeds,
-        "encoder_attention_mask": inputs.prompt_attention_mask,
-        "timestep": torch.tensor([500, 20]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
     names = list(transformer.state_dict())
-    before = transformer(inputs.latents, **arguments).sample
+    before = predict(transformer, inputs)
     sample_latents(transformer, make_scheduler(), *inputs, num_inference_steps=2)
-    assert torch.equal(transformer(inputs.latents, **arguments).sample, before)
+    assert torch.equal(predict(transformer, inputs), before)
     transformer.enable_gradient_checkpointing()  # which passes the blocks' arguments without their names
-    assert torch.equal(transformer(inputs.latents, **arguments).sample, before)
+    assert torch.equal(predict(transformer, inputs), before)
     assert list(transformer.state_dict()) == names
 
 
@@ -361,20 +366,14 @@ def test_in_fp32_and_for_long_sequences_the_fused_kernel_stays(keys: int, dtype:
 
 def test_installed_attention_gives_a_training_step_the_stock_result() -> None:
     transformer, inputs = make_transformer(), make_inputs()
-    arguments: dict[str, Any] = {
-        "encoder_hidden_states": inputs.prompt_embeds,
-        "encoder_attention_mask": inputs.prompt_attention_mask,
-        "timestep": torch.tensor([500, 20]),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
     names = list(transformer.state_dict())
-    expected = transformer(inputs.latents, **arguments).sample
+    expected = predict(transformer, inputs)
     expected_gradients = gradients(transformer, expected)
     attention.install(transformer)
     assert list(transformer.state_dict()) == names
     processors = list(transformer.attn_processors.values())
     assert len(processors) == 4 and all(isinstance(each, attention.PixArtProcessor) for each in processors)
-    actual = transformer(inputs.latents, **arguments).sample
+    actual = predict(transformer, inputs)
     assert torch.equal(actual, expected)
     assert_same_gradients(gradients(transformer, actual), expected_gradients, rtol=1e-6)
 

@@ -1,6 +1,7 @@
 """The documents: links lead somewhere, and the commands in them name scripts, flags and make targets that exist."""
 
 import ast
+import functools
 import os
 import re
 import shlex
@@ -53,6 +54,7 @@ def dead_links(name: str, page: str, root: Path = ROOT) -> list[str]:
 # --- Notices ---
 
 
+@functools.cache
 def printable() -> list[str]:
     """What our files can print: their strings, with a zero byte for each value that is filled in."""
     makefile = re.sub(r"\$\(\w+\)", "\0", (ROOT / "Makefile").read_text("utf-8"))

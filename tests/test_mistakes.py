@@ -1,11 +1,14 @@
 """Mistakes that newcomers make: each ends on one clear line, the one that docs/troubleshooting.md shows."""
 
+import errno
 import importlib
 import os
 import re
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +20,7 @@ from forked_runs import exit_codes, start_script
 from PIL import Image
 from test_lora import write_run
 
+from medart_core import errors
 from models import DiT_models
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +59,22 @@ def offline() -> None:
     constants.HF_HUB_OFFLINE = True
 
 
+def without_token() -> None:
+    """As if nobody had ever logged in to the hub."""
+    from huggingface_hub import constants
+
+    os.environ.pop("HF_TOKEN", None)
+    constants.HF_TOKEN_PATH = os.devnull
+
+
+def without_hub() -> None:
+    """Logged in, and the hub out of reach."""
+    from huggingface_hub import constants
+
+    os.environ["HF_TOKEN"] = "hf_x"
+    constants.ENDPOINT = "http://127.0.0.1:9"
+
+
 def without_gpu() -> None:
     """A machine without a GPU, whatever this one has."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -76,6 +96,9 @@ BEFORE: dict[str, tuple] = {
     "fp16, in which T5 overflows": (launch_with, "fp16"),
     "a model from the hub without a network": (offline,),
     "endoscopy without a GPU": (without_gpu,),
+    "sharing without a token of the hub": (without_token,),
+    "sharing without a network": (without_hub,),
+    "a full disk while sharing": (small_disk, 2_000),
 }
 STAGES: dict[str, str | tuple[str, str]] = {  # what to wait for, or where the interruption comes from
     "training": r"medart: +0%\|[^|]*\| [1-9]",
@@ -87,6 +110,45 @@ STAGES: dict[str, str | tuple[str, str]] = {  # what to wait for, or where the i
     "encoding": ("extract_features", "encode"),
     "measuring": ("evaluate", "read_sets"),
 }
+# Too many for the page: the command, and what is printed after `error: `.
+OTHERS = r"""
+medart.py --dataset_name FOLDER/set --validation_data_dir FOLDER/gone
+    --validation_data_dir FOLDER/gone is no folder; correct its name, or leave it out
+medart.py --dataset_name FOLDER/set --output_dir FOLDER/new --resume_from_checkpoint FOLDER/set
+    FOLDER/set has no readable manifest.json; leave --resume_from_checkpoint out
+VSG.py --data-dir FOLDER/gone
+    FOLDER/gone is no folder; make a set with prepare.py, or write raw.csv ...
+prepare.py folder FOLDER/classes --group-pattern [
+    --group-pattern '[' is no regular expression (...); give one such as 'person(\d+)'
+extract_features.py --data-path FOLDER/set --num-workers -1
+    --num-workers is -1; give at least 0
+sample.py --prompts FOLDER/gone
+    FOLDER/gone is no file; give a text file with one prompt per line
+sample.py --prompts FOLDER/samples/samples.csv
+    FOLDER/samples/samples.csv holds no prompts; write one per line
+sample.py --prompt x --image-size 0
+    --image-size is 0; give a side such as 256
+sample.py --prompt x --out FOLDER/64.npz
+    FOLDER/64.npz is a file; choose another --out
+sample.py --prompt x --num-images 1 --out /proc/x
+    cannot write in /proc/x (...); remove what is there: ...
+sample.py --lora nano/lora-chest-xray --merge /proc/x
+    cannot write in /proc/x (...); remove what is there: ...
+sample_ddp.py --image-size 0
+    --image-size is 0; give a side such as 256
+evaluate.py --generated FOLDER/64.npz --real FOLDER/set --out FOLDER/64.npz
+    FOLDER/64.npz is a file; choose another --out
+evaluate.py --generated FOLDER/64.npz --real FOLDER/set --utility-seeds -1
+    --utility-seeds is -1; give at least 0
+evaluate.py fit-extractor --train FOLDER/classes --out x --epochs 0
+    --epochs is 0; give at least 1
+share.py FOLDER/lora --push_to_hub a/b/c --dry_run
+    --push_to_hub is a/b/c; give USER/NAME
+share.py FOLDER/lora --out FOLDER/no-picture --grid FOLDER/64.npz
+    FOLDER/64.npz cannot be read as an image (...); replace it or take it out of the data
+"""
+IMPORTING = ("prepare.py", "VSG.py", "medart.py", "sample.py", "sample_ddp.py", "extract_features.py", "train.py",
+             "evaluate.py", "share.py", "nano/demo.py")  # fmt: skip
 LONG = ("describing", "training DiT", "sampling many")
 FOR_SPEED = {  # before the arguments of the table, which count as they come last
     "medart": "--pretrained_model_name_or_path {tiny} --report_to none --num_validation_images 0 --M_times 1 "
@@ -183,7 +245,7 @@ def call(command: str, place: Path, tiny: Path, before: tuple | None = None) -> 
 
 def test_the_page_has_all_of_them() -> None:
     stages = {f"Ctrl-C while {what}" for what in STAGES}
-    assert len(MISTAKES) == 52 and stages | set(BEFORE) <= set(MISTAKES) and set(LONG) <= set(STAGES)
+    assert len(MISTAKES) == 56 and stages | set(BEFORE) <= set(MISTAKES) and set(LONG) <= set(STAGES)
 
 
 def check(mistake: Mistake, code: int, said: str) -> None:
@@ -197,6 +259,11 @@ def check(mistake: Mistake, code: int, said: str) -> None:
 @pytest.mark.parametrize("title", [title for title in MISTAKES if "Ctrl-C" not in title and "two runs" not in title])
 def test_mistake(title, place, tiny_pixart):
     check(MISTAKES[title], *call(MISTAKES[title].command, place, tiny_pixart, BEFORE.get(title)))
+
+
+@pytest.mark.parametrize(("command", "printed"), re.findall(r"^(\S.*)\n    (.+)$", OTHERS, flags=re.MULTILINE))
+def test_other_mistake(command, printed, place, tiny_pixart):
+    check(Mistake("", command, f"error: {printed}", 2), *call(command, place, tiny_pixart))
 
 
 def wait_for(pattern: str, place: Path, log: str) -> None:
@@ -239,3 +306,44 @@ def test_no_mistakes(place, tiny_pixart, monkeypatch):
     for words in ("12 images", "is already prepared"):
         code, said = call("python prepare.py folder FOLDER/classes --root FOLDER/twice", place, tiny_pixart)
         assert code == 0 and (words == "12 images" or words in said), said
+
+
+@pytest.mark.parametrize("script", IMPORTING)
+def test_ctrl_c_while_the_libraries_load(script, tmp_path):
+    """Before there is any of our code to catch it, but for the first import."""
+    for name in ("torch", "numpy", "huggingface_hub"):
+        (tmp_path / f"{name}.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / script],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+    )
+    assert process.stdout and process.stdout.readline() == "loading\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert said.split() == ["interrupted"] and process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has a capacity"), "2 GiB;"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried\nmore"), "you tried;"),
+        (MemoryError(), "out of memory;"),
+        (OSError(errno.ENOSPC, "No space left on device", "here"), "here: No space left on device;"),
+    ],
+)  # fmt: skip
+def test_memory_and_disks_are_told_wherever_they_end(error, words, capsys):
+    with pytest.raises(SystemExit, match="2"), errors.exit_codes():
+        raise error
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_faults_of_the_program_keep_their_traceback():
+    for error in (RuntimeError("shapes differ"), OSError(errno.ENOENT, "gone", "here"), AssertionError()):
+        with pytest.raises(type(error)), errors.exit_codes():
+            raise error

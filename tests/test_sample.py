@@ -196,7 +196,7 @@ def test_prompts_that_are_not_utf8_are_named(monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (["--num-images", 0], "at least 1"),
-        (["--prompts", "/no/such/file"], "does not exist"),
+        (["--prompts", "/no/such/file"], "is no file"),
         (["--lora", "/no/such/lora", "--prompt", "x"], "no LoRA in"),
         (["--ckpt", "/no/such/file.pt"], "does not exist"),
         (["--model", "DiT-B/4"], "no weights of DiT-B/4 are published"),

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
@@ -109,6 +111,33 @@ def test_uploads_and_refusals(run, tmp_path, monkeypatch, capsys):
             call(monkeypatch, run, *arguments)
     with pytest.raises(UserError, match="no LoRA in"):
         call(monkeypatch, tmp_path / "gone", "--out", tmp_path / "b")
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """The hub, to somebody who may not write there."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        reason = b'{"error": "You may not create a model under the namespace me"}'
+        self.send_response(403)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("X-Request-Id", "1")
+        self.end_headers()
+        self.wfile.write(reason)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_the_hubs_own_reason_is_told(tmp_path, monkeypatch):
+    """Its library's first line names the request only."""
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(UserError, match=r"cannot upload to me/x \(You may not create a model [^\n]*me\); check"):
+            share.push(tmp_path, "me/x", False)
+        server.shutdown()
 
 
 def test_a_card_says_what_is_not_known():

@@ -35,6 +35,12 @@ def test_captions_that_would_be_cut_are_reported(model):
     assert "1 of 3 are cut" in cut and repr(CAPTIONS[2]) in cut
 
 
+@pytest.mark.parametrize("limit", [24, 77])  # a multiple of 8, and none
+def test_captions_are_cut_at_any_length(model, limit):
+    embeds, mask = encode_prompts(model.tokenizer, model.text_encoder, ["a chest " * 200, "a chest"], limit)
+    assert embeds.shape[:2] == mask.shape == (2, limit) and mask[0].all() and not mask[1].all()
+
+
 def test_embeddings_are_those_of_the_stock_pipeline(model):
     from diffusers import PixArtAlphaPipeline
 

@@ -422,7 +422,7 @@ def test_old_features_are_paired_by_name(run, flags, tmp_path):
     assert values[:, 0, 0, 0].tolist() == [10, 2] and labels.tolist() == [1, 2]
     own = [flag for flag in flags if not flag.startswith("--features")]
     assert run(*own, f"--feature-path={folder}", "--num-classes=3") == 0
-    with pytest.raises(UserError, match="has class 2; --num-classes is 2"):
+    with pytest.raises(UserError, match="has class 2, the classes are 0 to 1; correct --num-classes"):
         run(*own, f"--feature-path={folder}", "--num-classes=2")
     np.save(folder / "imagenet256_features" / "11.npy", np.zeros((1, 4, 8, 8), np.float32))
     with pytest.raises(UserError, match=r"imagenet256_features/11.npy is damaged, or of another size \("):

@@ -181,7 +181,9 @@ def load(model: str, dtype: torch.dtype, device: torch.device, attn: str = "sdpa
     except Exception as error:  # a broken file is told by as many kinds of errors as there are libraries below
         first = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = f"download it where there is a network (hf download {model}) and give the folder"
-        if Path(model).is_dir():
+        if isinstance(error, ImportError):
+            remedy = "install what it names, or use the attention sdpa"
+        elif Path(model).is_dir():
             remedy = "copy or download the folder again"
         raise CaptionerError(f"cannot load {model}: {first.rstrip('.')}; {remedy}") from error
     if processor.patch_size is None:  # left out in older conversions; prompts would come out with too few image tokens
