@@ -67,8 +67,7 @@ def parse_options() -> argparse.Namespace:
     fit.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .safetensors to write")
     fit.add_argument("--epochs", type=int, default=30, metavar="N", help="at most (default: 30)")
     fit.add_argument("--seed", type=int, default=0, help="of the fit (default: 0)")
-    usage, of_two = "python evaluate.py adm REF.npz SAMPLE.npz", "IS, FID, sFID, precision, recall of two .npz files"
-    pair = commands.add_parser("adm", parents=[shared], help=of_two, epilog=usage)
+    pair = commands.add_parser("adm", parents=[shared], help="IS, FID, sFID, precision, recall of two .npz files")
     pair.add_argument("reference", type=Path, metavar="REF.npz", help="images (arr_0) or moments")
     pair.add_argument("samples", type=Path, metavar="SAMPLE.npz", help="images (arr_0)")
     options = parser.parse_args()

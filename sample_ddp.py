@@ -69,9 +69,7 @@ def parse_options() -> argparse.Namespace:
     sampler.add_argument("--num-sampling-steps", type=int, metavar="N", help="steps (default: 250, PixArt 20)")
     sampler.add_argument("--guided-channels", type=int, choices=(3, 4), default=3, help="of DiT's noise (default: 3)")
     speed = parser.add_argument_group("speed")
-    speed.add_argument(
-        "--per-proc-batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)"
-    )
+    speed.add_argument("--per-proc-batch-size", type=int, default=32, metavar="N", help="at a time (default: 32)")
     speed.add_argument(
         "--precision", choices=("fp32", "bf16"), help="of the network (default: fp32, PixArt bf16 on CUDA)"
     )
