@@ -138,8 +138,10 @@ def main(preset: str | None = None, description: str | None = __doc__) -> int:
     name, work, held_out = opts.model.replace("/", "-"), [0, 0], None
     with stopping.first_process_first(device):
         if rest := opts.global_batch_size % state.num_processes:
-            shared = f"{opts.global_batch_size} images among {state.num_processes} processes"
-            raise UserError(f"--global-batch-size shares {shared} with {rest} left over; give a multiple")
+            size, count = opts.global_batch_size, state.num_processes
+            raise UserError(
+                f"--global-batch-size {size} cannot be shared by {count} processes; give {size - rest or count}"
+            )
         like = {"image_size": opts.image_size, "num_classes": opts.num_classes, "vae": opts.vae}
         source = dit_data.open_source(opts.features_path, opts.data_path, device, num_workers=opts.num_workers, **like)
         model = build(opts, source, device)

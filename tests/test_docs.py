@@ -62,7 +62,9 @@ def printable() -> list[str]:
     for tree in map(ast.parse, CODE.values()):
         for node in ast.walk(tree):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values))
+                found.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return [text.strip() for text in found]
