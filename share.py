@@ -9,6 +9,7 @@ of the training images. The hub's token is that of `hf auth login`, or HF_TOKEN.
 """
 
 import argparse
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -88,7 +89,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"cannot upload to {name} ({reason}); check the name, the network and `hf auth login`; "
-            f"the folder is ready: hf upload {name} {folder}"
+            f"the folder is ready: hf upload {name} {shlex.quote(str(folder))}"
         ) from error
     return str(url)
 
@@ -102,9 +103,9 @@ def main() -> None:
     with checkpoint.disk_faults(out, "remove what is there"):
         write_folder(options, out)
     for file in sorted(out.iterdir()):
-        print(f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+        print(f"{file.stat().st_size / 1e3:9,.0f} kB  {file.name}")
     if not options.push_to_hub:
-        print(f"look at README.md in {out}, then share the folder, or run again with --push_to_hub")
+        print(f"look at README.md in {out}, then share the folder: hf upload USER/NAME {shlex.quote(str(out))}")
     elif options.dry_run:
         print(f"would be uploaded to {options.push_to_hub}: {out}")
     else:

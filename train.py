@@ -8,6 +8,7 @@ args), which sample.py --ckpt draws from. To resume, run the same command again.
 """
 
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -175,7 +176,8 @@ def main(preset: str | None = None, description: str | None = __doc__) -> int:
         if first and not code:
             checkpoint.finish(folder, run.step)
             file = numbered_runs.file_of(folder, run.step)
-            say(f"finished; try: python sample.py --model {opts.model} --image-size {source.image_size} --ckpt {file}")
+            arguments = f"--model {opts.model} --image-size {source.image_size} --ckpt {shlex.quote(str(file))}"
+            say(f"finished; try: python sample.py {arguments}")
         elif first:
             say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
     return code

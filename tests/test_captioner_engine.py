@@ -155,8 +155,8 @@ def test_engine_from_a_folder(tiny, requests, tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "tiny", tmp_path / "cut")
     os.truncate(tmp_path / "cut" / "model.safetensors", 5000)
     for model, settings, message in [
-        (tmp_path / "absent", {}, "cannot load"),
-        (tmp_path / "cut", {}, "cannot load"),
+        (tmp_path / "absent", {}, "cannot load .*hf download"),
+        (tmp_path / "cut", {}, "cannot load .*copy or download it again"),
         (tmp_path / "t5", {}, "is a model of kind t5"),
         (tmp_path / "tiny", {"attn": "eager"}, "choose from sdpa"),
         (tmp_path / "tiny", {"top_k": 0}, "top_k is 0"),

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,7 +178,10 @@ def load(model: str, dtype: torch.dtype, device: torch.device, attn: str = "sdpa
         raise
     except Exception as error:  # a broken file is told by as many kinds of errors as there are libraries below
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CaptionerError(f"cannot load {model}: {first}") from error
+        remedy = f"Download it where there is a network (hf download {model}) and give the folder"
+        if Path(model).is_dir():
+            remedy = "The folder is not whole: copy or download it again"
+        raise CaptionerError(f"cannot load {model}: {first.rstrip('.')}. {remedy}") from error
     if processor.patch_size is None:  # left out in older conversions; prompts would come out with too few image tokens
         processor.patch_size = loaded.config.vision_config.patch_size
         processor.vision_feature_select_strategy = loaded.config.vision_feature_select_strategy
