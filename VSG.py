@@ -230,7 +230,8 @@ def main() -> int:
         if jobs := pending[rank::processes]:
             if rank == 0:
                 images = sum(len(work.split.chunks[number]) for work, number in pending)
-                print(f"{images} images to describe with {model} ({dtype} on {device})", flush=True)
+                where = opts.base_url or f"{dtype} on {device}"
+                print(f"{images} images to describe with {model} ({where})", flush=True)
             run(jobs, build_engine(opts, model, dtype, device), rank, stop)
         while rank == 0 and not stop.requested and any(work.pending() for work in works):
             time.sleep(0.5)

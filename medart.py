@@ -20,6 +20,7 @@ from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -237,7 +238,7 @@ def main() -> int:
             log.model_card(name, settings, run.step)
             facts = {"resolution": size, "max_token_length": opts.max_token_length}
             checkpoint.finish(folder, run.step, prompts=prompts, **facts)
-            say(f'finished: adapters, log.jsonl and samples/ in {folder}; try: python sample.py --lora "{folder}"')
+            say(f"finished: LoRA, log.jsonl, samples/ in {folder}; try: python sample.py --lora {quote(str(folder))}")
         elif log:
             say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
     accelerator.end_training()

@@ -94,7 +94,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
         reason = said.splitlines()[0].rstrip(".")
         raise UserError(
-            f"cannot upload to {name} ({reason}); check the name, the network and hf auth login; "
+            f"cannot upload to {name} ({reason}); check the name, the network and `hf auth login`; "
             f"the folder is ready: hf upload {name} {shlex.quote(str(folder))}"
         ) from error
     return str(url)
@@ -109,9 +109,9 @@ def main() -> None:
     with checkpoint.disk_faults(out, "remove what is there"):
         write_folder(options, out)
     for file in sorted(out.iterdir()):
-        print(f"{file.stat().st_size / 1e6:8.2f} MB  {file.name}")
+        print(f"{file.stat().st_size / 1e3:9,.0f} kB  {file.name}")
     if not options.push_to_hub:
-        print(f"look at README.md in {out}, then share the folder, or run again with --push_to_hub")
+        print(f"look at README.md in {out}, then share the folder: hf upload USER/NAME {shlex.quote(str(out))}")
     elif options.dry_run:
         print(f"would be uploaded to {options.push_to_hub}: {out}")
     else:

@@ -9,6 +9,7 @@ args), which sample.py --ckpt draws from. To resume, run the same command again.
 
 from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import os
+import shlex
 import sys
 import time
 from contextlib import ExitStack, closing
@@ -178,8 +179,9 @@ def main(preset: str | None = None, description: str | None = __doc__) -> int:
         code = train(run, source, held_out, opts, state, dtype, max_steps, log)
         if first and not code:
             checkpoint.finish(folder, run.step)
-            what = f"--model {opts.model} --image-size {source.image_size}"
-            say(f'finished; try: python sample.py {what} --ckpt "{numbered_runs.file_of(folder, run.step)}"')
+            file = numbered_runs.file_of(folder, run.step)
+            arguments = f"--model {opts.model} --image-size {source.image_size} --ckpt {shlex.quote(str(file))}"
+            say(f"finished; try: python sample.py {arguments}")
         elif first:
             say(f"stopped at step {run.step}: checkpoint in {folder}; run the same command again to go on")
     return code

@@ -66,8 +66,8 @@ class Throughput:
 
     def describe(self) -> str:
         """One line about what MFU refers to."""
-        sheet = "no data sheet known" if self.spec is None else f"data sheet {self.spec} TFLOP/s in 16 bits"
+        sheet = "" if self.spec is None else f", and of the data sheet's {self.spec} TFLOP/s in 16 bits"
         return (
-            f"{self.flops_per_image / 1e9:.1f} GFLOP per image and step; MFU of: {sheet}; "
-            f"measured {self.measured:.2f} TFLOP/s ({self.measured_name})"
+            f"{self.flops_per_image / 1e9:.1f} GFLOP per image and step; MFU, the share of the device's arithmetic in "
+            f"use, is of {self.measured:.2f} TFLOP/s, measured ({self.measured_name}){sheet}"
         )
