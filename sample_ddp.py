@@ -44,7 +44,7 @@ def parse_options() -> argparse.Namespace:
     what = parser.add_argument_group("what to draw")
     what.add_argument("--num-fid-samples", type=int, default=50_000, metavar="N", help="images (default: 50000)")
     what.add_argument(
-        "--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="of all sets (default: samples)"
+        "--sample-dir", type=Path, default=Path("samples"), metavar="DIR", help="where they go (default: samples)"
     )
     what.add_argument("--no-png", action="store_true", help="make the .npz only")
     what.add_argument("--global-seed", type=int, default=0, metavar="N", help="of noise and classes (default: 0)")

@@ -69,5 +69,5 @@ class Throughput:
         sheet = "" if self.spec is None else f", and of the data sheet's {self.spec} TFLOP/s in 16 bits"
         return (
             f"{self.flops_per_image / 1e9:.1f} GFLOP per image and step; MFU, the share of the device's arithmetic in "
-            f"use, is of {self.measured:.2f} TFLOP/s, measured ({self.measured_name}){sheet}"
+            f"use, is relative to {self.measured:.2f} TFLOP/s, measured ({self.measured_name}){sheet}"
         )

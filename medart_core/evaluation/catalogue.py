@@ -57,7 +57,9 @@ QUESTIONS: dict[str, dict[str, Title]] = {
     },
     "Can a classifier learn from them?": {
         "utility_ratio": Title(
-            "usefulness", "higher", "balanced accuracy of a classifier trained on generated over on real images"
+            "usefulness",
+            "higher",
+            "accuracy that a classifier learns from generated images, over what it learns from real ones",
         ),
         "utility_synthetic": Title(
             "trained on generated images", "higher", "a classifier's figures on held-out real images"

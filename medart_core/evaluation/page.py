@@ -58,7 +58,7 @@ def write(
     body = [
         "<h1>How good are these images?</h1>",
         f"<p>{count}. <span class=soft>{escape(run['generated'])} against {escape(run['real'])}</span></p>",
-        "<p class=warning>Not for diagnosis: generated images are no findings of anybody.</p>",
+        "<p class=warning>Not for diagnosis: the generated images show nobody's findings.</p>",
         f"<div class=cards>{''.join(_cards(figures))}</div>",
         "<h2>Look at them</h2>",
         *_examples(sheets.examples(sets["generated"], sets["real"])),
