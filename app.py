@@ -9,6 +9,7 @@ The page reads what lies below --root, and no other file. Models load while the 
 time, others wait. It needs requirements-app.txt; as a Hugging Face Space see docs/space/README.md. Not for diagnosis.
 """
 
+from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
 import argparse
 import os
 import signal
@@ -29,7 +30,7 @@ sys.path += [str(ROOT / "diffusers"), str(ROOT / "LLaVA-NeXT")]
 from llava_next_captioner import checks, engines, prompts, shortening  # noqa: E402
 from medart_core.app_jobs import Outbox  # noqa: E402
 from medart_core.app_root import Root  # noqa: E402
-from medart_core.errors import UserError, exit_codes  # noqa: E402
+from medart_core.options import Parser  # noqa: E402
 
 BUNDLED = "nano/pixart"
 EXTRA = "python -m pip install -r requirements-app.txt"
@@ -56,7 +57,7 @@ ATTEMPTS, MAX_WORDS, MAX_TOKENS = 5, 100, 120  # VSG.py's defaults
 
 
 def parse_options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     page = parser.add_argument_group("page")
     page.add_argument(
         "--root", type=Path, default=ROOT, metavar="DIR", help="the folder to read (default: the project's own)"
@@ -66,7 +67,7 @@ def parse_options() -> argparse.Namespace:
         help="address to listen at; 0.0.0.0: reachable from other machines (default: 127.0.0.1)",
     )  # fmt: skip
     page.add_argument(
-        "--port", type=int, default=int(os.environ.get("GRADIO_SERVER_PORT", 7860)), metavar="N",
+        "--port", type=int, default=os.environ.get("GRADIO_SERVER_PORT", "7860"), metavar="N",
         help="port to listen at (default: 7860)",
     )  # fmt: skip
     page.add_argument("--share", action="store_true", help="also make a public link for 72 hours; needs a network")

@@ -23,9 +23,10 @@ import torch
 from app_browser import choose, choose_tab, open_page, run
 from packaging.specifiers import SpecifierSet
 from PIL import Image
+from test_lora import write_run
 
 import sample
-from medart_core import app_report, lora, lora_layers, pretrained
+from medart_core import app_report, lora, pretrained
 from medart_core.app_drawing import Studio
 from medart_core.app_jobs import Jobs, Outbox, Stopped
 from medart_core.app_orders import DiTOrder, PixArtOrder
@@ -87,15 +88,7 @@ def test_orders_of_classes_are_bounded():
 def tiny_lora(tmp_path_factory, tiny_pixart) -> Path:
     """A LoRA of both parts that does something, as medart.py leaves it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    for part, targets in (
-        ("transformer", lora_layers.TRANSFORMER_TARGETS),
-        ("text_encoder", lora_layers.TEXT_ENCODER_TARGETS),
-    ):
-        model = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
-        adapted = lora_layers.attach(getattr(model, part), targets, 4, base=str(tiny_pixart))
-        for parameter in lora_layers.trainable_parameters(adapted):
-            torch.nn.init.normal_(parameter, std=0.2)
-        lora_layers.save(adapted, folder / f"{part}_lora")
+    write_run(folder, tiny_pixart)
     (folder / "options.json").write_text(json.dumps({"no_hldf": True}))
     return folder
 
@@ -234,6 +227,7 @@ def test_the_extra_is_asked_for_in_one_line(tmp_path):
         ([], "needs Gradio, which is not installed; python -m pip install -r requirements-app.txt"),
         (["--root", "gone"], "--root gone is no folder"),
         (["--port", "0"], "--port is 0"),
+        (["--ports", "80"], "there is no option --ports, perhaps --port is meant"),
     ):
         done = subprocess.run(
             [sys.executable, "app.py", *arguments], cwd=ROOT, env={"PYTHONPATH": path}, capture_output=True, text=True

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_lora import write_run
 
 import sample
-from medart_core import dit_checkpoint, full_size, lora, lora_layers, pretrained, tuned_model
+from medart_core import dit_checkpoint, full_size, lora, pretrained, tuned_model
 from medart_core.errors import UserError
 from models import DiT_models
 
@@ -118,15 +119,7 @@ def call(monkeypatch, *arguments):
 def run(tmp_path_factory, tiny_pixart):
     """A finished run with adapters that do something, and the same as one file elsewhere."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    for part, targets in (
-        ("transformer", lora_layers.TRANSFORMER_TARGETS),
-        ("text_encoder", lora_layers.TEXT_ENCODER_TARGETS),
-    ):
-        model = pretrained.load(tiny_pixart, torch.float32, torch.device("cpu"))
-        adapted = lora_layers.attach(getattr(model, part), targets, 4, base=str(tiny_pixart))
-        for parameter in lora_layers.trainable_parameters(adapted):
-            torch.nn.init.normal_(parameter, std=0.2)
-        lora_layers.save(adapted, folder / f"{part}_lora")
+    write_run(folder, tiny_pixart)
     (folder / "finished.json").write_text(json.dumps({"prompts": ["a chest"], "max_token_length": 60}))
     shutil.copytree(folder / "transformer_lora", folder / "checkpoint-5" / "transformer_lora")
     lora.export(folder, folder.parent / "one.safetensors")
