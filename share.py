@@ -94,7 +94,7 @@ def push(folder: Path, name: str, private: bool) -> str:
         said = getattr(error, "server_message", None) or str(error).strip() or type(error).__name__
         reason = said.splitlines()[0].rstrip(".")
         raise UserError(
-            f"cannot upload to {name} ({reason}); check the name, the network and `hf auth login`; "
+            f"cannot upload to {name} ({reason}); check the name, the network and hf auth login; "
             f"the folder is ready: hf upload {name} {shlex.quote(str(folder))}"
         ) from error
     return str(url)

@@ -117,7 +117,7 @@ medart.py --dataset_name FOLDER/set --validation_data_dir FOLDER/gone
 medart.py --dataset_name FOLDER/set --output_dir FOLDER/new --resume_from_checkpoint FOLDER/set
     FOLDER/set has no readable manifest.json; leave --resume_from_checkpoint out
 VSG.py --data-dir FOLDER/gone
-    FOLDER/gone is no folder; make a set with prepare.py, or write raw.csv ...
+    the folder FOLDER/gone does not exist; check --data-dir, or make the folder with prepare.py
 prepare.py folder FOLDER/classes --group-pattern [
     --group-pattern '[' is no regular expression (...); give one such as 'person(\d+)'
 extract_features.py --data-path FOLDER/set --num-workers -1
