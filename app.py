@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
@@ -70,7 +71,7 @@ def parse_options() -> argparse.Namespace:
         "--port", type=int, default=os.environ.get("GRADIO_SERVER_PORT", "7860"), metavar="N",
         help="port to listen at (default: 7860)",
     )  # fmt: skip
-    page.add_argument("--share", action="store_true", help="also make a public link for 72 hours; needs a network")
+    page.add_argument("--share", action="store_true", help="also make a temporary public link; needs a network")
     page.add_argument("--open", action="store_true", help="open the page in your browser")
     page.add_argument("--max-waiting", type=int, default=20, metavar="N", help="requests that may wait (default: 20)")
     models = parser.add_argument_group("models")
@@ -108,6 +109,7 @@ class Captioner:
         self.model = model or captioners.NANO
         self.known = captioners.known_domains(self.model)
         self.engine = TransformersEngine(training_data.locate(self.model))
+        self.using = threading.Lock()  # who stops is still inside an attempt when the next one is let through
         tokenizer = text.load_tokenizer(training_data.locate(captioners.TOKENIZER))
         self.count_tokens = lambda said: text.count_tokens(tokenizer, [said])[0]
 
@@ -120,8 +122,8 @@ class Captioner:
             raise UserError(f"{self.model} knows {known} only, not {domain!r}; start app.py with another --captioner")
         template, classes = CAPTIONS[domain]
         caption = template.format(label)
-        self.engine.seed = seed
-        chunk = self.engine.prepare([engines.Request(name, image, prompts.build(domain, caption, label))])
+        with self.using:
+            chunk = self.engine.prepare([engines.Request(name, image, prompts.build(domain, caption, label))])
 
         def failed(text: str, finished: bool = True) -> list[str]:
             return checks.check(
@@ -132,7 +134,9 @@ class Captioner:
 
         too_long = []
         for attempt in range(ATTEMPTS):
-            [answer] = chunk.sample([(0, attempt)])
+            with self.using:
+                self.engine.seed = seed
+                [answer] = chunk.sample([(0, attempt)])
             faults = failed(answer.text, answer.finished)
             yield Said(f"Attempt {attempt + 1} {'rejected' if faults else 'accepted'}", answer.text, faults)
             if not faults:
@@ -146,27 +150,24 @@ class Captioner:
         yield Said("No attempt was good enough: the simple caption is kept", caption, [])
 
 
-def load_studio(model: str | None) -> Any:
+def load_studio(model: str | None, root: Root) -> Any:
     from medart_core.app_drawing import Studio  # takes seconds, in which the page is built
     from models import DiT_models
 
-    return Studio(model, DiT_models)
+    return Studio(model, DiT_models, root.inside)
 
 
-def build_page(options: argparse.Namespace, folder: Path, studio: Future, captioner: Future) -> Any:
+def build_page(options: argparse.Namespace, root: Root, folder: Path, studio: Future, captioner: Future) -> Any:
     """The page over the models, with every mistake of a person told on it."""
     from medart_core import app_desk, app_page
 
     labels = {domain: classes for domain, (_, classes) in CAPTIONS.items()}
-    root = Root(options.root.resolve(), "" if options.root == ROOT else str(options.root))
     outbox = Outbox(folder / "taken-away")
     desk = app_desk.Desk(root, outbox, studio, captioner, options.model or BUNDLED, labels)
     handlers = app_desk.told(desk, (UserError, engines.CaptionerError))
     examples = [path for name in EXAMPLE_IMAGES if (path := ROOT / "tests" / "data" / f"{name}.jpeg").is_file()]
     known = dict.fromkeys([prompt for lora in desk.loras() for prompt in lora.prompts] + [*PROMPTS])
-    offers = app_page.Offers(
-        desk.lists(), [*known][:MOST_PROMPTS], labels, [path for path in examples if path.is_file()]
-    )
+    offers = app_page.Offers(desk.lists(), [*known][:MOST_PROMPTS], labels, examples)
     return app_page.build(handlers, offers).queue(max_size=options.max_waiting)
 
 
@@ -175,15 +176,16 @@ def main() -> None:
     if find_spec("gradio") is None:
         raise UserError(f"the page needs Gradio, which is not installed; {EXTRA} (or make app)")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of the end of the folder below
+    root = Root(options.root.resolve(), "" if options.root == ROOT else str(options.root))
     # 1. Models load in the background.
     loader = ThreadPoolExecutor(1, "loader")
-    studio = loader.submit(load_studio, options.model)
+    studio = loader.submit(load_studio, options.model, root)
     captioner = loader.submit(Captioner, options.captioner)
 
     # 2. What is uploaded or drawn lies in a folder that goes when the page goes.
     with tempfile.TemporaryDirectory(prefix="medart-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        page = build_page(options, Path(folder), studio, captioner)
+        page = build_page(options, root, Path(folder), studio, captioner)
 
         # 3. The page is served; a model that cannot be loaded ends it.
         from medart_core import app_page
@@ -201,7 +203,7 @@ def main() -> None:
         try:
             for model in (studio, captioner):
                 model.result()
-            page.block_thread()
+            threading.Event().wait()  # for Ctrl-C, which Gradio's own waiting would take for a good end
         finally:
             page.close()
 

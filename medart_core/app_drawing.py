@@ -1,5 +1,6 @@
 """What the web demo draws with: PixArt, whose LoRA changes from picture to picture, and DiT; stopped at any step."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,14 +38,26 @@ class OpenDiT(NamedTuple):
 
 
 class Studio:
-    """The models, loaded once; for one caller at a time."""
+    """The models, loaded once; one picture is drawn at a time.
 
-    def __init__(self, model: str | None, factories: Mapping[str, Callable[..., Any]]):
-        """`model` is a PixArt folder or hub id, None the bundled one; `factories` make DiTs by name."""
+    A caller who is told to stop is still inside a step when the page lets the next one through: that one waits for it.
+    """
+
+    def __init__(
+        self,
+        model: str | None,
+        factories: Mapping[str, Callable[..., Any]],
+        inside: Callable[[str], object],
+    ):
+        """`model` is a PixArt folder or hub id, None the bundled one; `factories` make DiTs by name.
+
+        `inside` raises UserError for the path of a decoder that may not be read.
+        """
         self.device = devices.pick_device()
         self.dtype = devices.named_dtype("auto", self.device)
         self.pixart = pretrained.load(model, self.dtype, self.device)
-        self.factories = factories
+        self.factories, self.inside = factories, inside
+        self._drawing = threading.Lock()
         self._dit: tuple[tuple[Path, float], OpenDiT] | None = None
 
     @property
@@ -62,6 +75,7 @@ class Studio:
         settings = tuned_model.run_settings(tuned) if tuned else {}
         adapters = lora.read(tuned) if tuned else {}
         with (
+            self._drawing,
             lora.applied(self.pixart, adapters, order.strength),
             before_each_call(self.pixart.transformer, on_step),
         ):
@@ -84,7 +98,10 @@ class Studio:
         if self._dit is None or self._dit[0] != key:
             self._dit = None  # before the next one is loaded
             model, weights = dit_checkpoint.open_model(self.factories, ckpt)
-            vae = pretrained.load_vae(weights.vae(None, "mse"), torch.float32, self.device)
+            decoder = weights.vae(None, "mse")
+            if decoder not in pretrained.VAES:
+                self.inside(decoder)
+            vae = pretrained.load_vae(decoder, torch.float32, self.device)
             labels = weights.args.get("class_names") or [str(number) for number in range(model.num_classes)]
             self._dit = key, OpenDiT(model.to(self.device, self.dtype), vae, labels)
         return self._dit[1]
@@ -93,17 +110,18 @@ class Studio:
         """The pictures that sample.py draws with the same seed, one by one."""
         opened = self.dit(ckpt)
         label = opened.labels.index(order.label)
-        with before_each_call(opened.model.blocks[0], on_step):
-            for pixels in dit_sampling.sample_images(
-                opened.model,
-                opened.vae,
-                [label] * order.images,
-                range(order.images),
-                seed=order.seed,
-                batch_size=1,
-                sampler=SAMPLER,
-                num_steps=order.steps,
-                cfg_scale=order.cfg,
-                guided_channels=order.guided_channels,
-            ):
-                yield Image.fromarray(pixels.numpy())
+        for number in range(order.images):
+            with self._drawing, before_each_call(opened.model.blocks[0], on_step):
+                [pixels] = dit_sampling.sample_images(
+                    opened.model,
+                    opened.vae,
+                    [label],
+                    range(number, number + 1),
+                    seed=order.seed,
+                    batch_size=1,
+                    sampler=SAMPLER,
+                    num_steps=order.steps,
+                    cfg_scale=order.cfg,
+                    guided_channels=order.guided_channels,
+                )
+            yield Image.fromarray(pixels.numpy())

@@ -21,8 +21,10 @@ def within(what: str, value: Any, bounds: tuple[float, float]) -> float:
     low, high = bounds
     right = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
     if not right or (isinstance(low, int) and value != int(value)):
-        kind = "whole number" if isinstance(low, int) else "number"
-        raise UserError(f"{what} is {'empty' if value is None else value}; give a {kind} from {low:g} to {high:,g}")
+        allowed = (
+            f"whole number from {low} to {high:,}" if isinstance(low, int) else f"number from {low:g} to {high:g}"
+        )
+        raise UserError(f"{what} is {'empty' if value is None else value}; give a {allowed}")
     return int(value) if isinstance(low, int) else float(value)
 
 

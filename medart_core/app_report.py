@@ -1,10 +1,8 @@
 """What a folder of ours says to people: an evaluation's figures, a run's losses, and its pictures."""
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -17,6 +15,7 @@ from medart_core.images import open_image
 
 MOST_PICTURES, MOST_BYTES = 12, 64 * 2**20
 CURVES = {"loss": "loss", "loss_noise": "noise loss", "loss_color": "colour loss", "loss_validation": "held out"}
+Table = tuple[str, list[tuple[int, str, float]]]  # as Markdown, and losses as (step, name, value)
 SPEED = {"sec_per_step": "seconds per step", "steps_per_sec": "steps per second", "peak_mem_gb": "GB at most"}
 
 
@@ -37,31 +36,16 @@ def open_folder(root: Root, name: str | None) -> Opened:
     """
     folder = root.folder(name, MARKS)
     figures, curves = "", []
-    if (folder / REPORT).is_file():
-        figures = _evaluation(_read(folder / REPORT))
-    if (folder / LOG).is_file():
-        _refuse_huge(folder / LOG)
-        entries = [json.loads(line) for line in whole_lines(folder / LOG)]
-        table, curves = _losses(entries)
-        figures += table
-    if (folder / "demo.json").is_file():
-        figures += _demo(_read(folder / "demo.json"))
+    for file, reader in ((folder / REPORT, _evaluation), (folder / LOG, _training), (folder / "demo.json", _demo)):
+        if file.is_file():
+            if file.stat().st_size > MOST_BYTES:
+                raise UserError(f"{file.name} is larger than {MOST_BYTES >> 20} MB, too much for a page")
+            try:
+                table, losses = reader(file)
+            except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+                raise UserError(f"{file.name} is damaged, or not of this project; make it again") from error
+            figures, curves = figures + table, [*curves, *losses]
     return Opened(_pictures(folder), figures or "No figures, only pictures.", curves)
-
-
-def _refuse_huge(file: Path) -> None:
-    if file.stat().st_size > MOST_BYTES:
-        raise UserError(f"{file.name} has more than {MOST_BYTES >> 20} MB, too much for a page; read it elsewhere")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    _refuse_huge(file)
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        assert isinstance(content, dict)
-    except (OSError, ValueError, AssertionError) as error:
-        raise UserError(f"{file.name} is damaged; make it again") from error
-    return content
 
 
 def _pictures(folder: Path) -> list[tuple[str, Image.Image]]:
@@ -71,21 +55,19 @@ def _pictures(folder: Path) -> list[tuple[str, Image.Image]]:
     return [(file.stem.replace("-", " "), open_image(file, file.name)) for file in files[:MOST_PICTURES]]
 
 
-def _evaluation(content: Mapping[str, Any]) -> str:
+def _evaluation(file: Path) -> Table:
     known = {field.name for field in fields(Measured)}
-    try:
-        figures = {
-            name: Measured(**{key: value for key, value in figure.items() if key in known})
-            for name, figure in content.items()
-            if name != "run"
-        }
-        return "\n".join([*report.table(figures), "", ""])
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{REPORT} is not of evaluate.py; make it again") from error
+    figures = {
+        name: Measured(**{key: value for key, value in figure.items() if key in known})
+        for name, figure in json.loads(file.read_text("utf-8")).items()
+        if name != "run"
+    }
+    return "\n".join([*report.table(figures), "", ""]), []
 
 
-def _losses(entries: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, str, float]]]:
+def _training(file: Path) -> Table:
     """First and last value of each figure of a training, and the losses step by step."""
+    entries = [json.loads(line) for line in whole_lines(file)]
     lines, curves = [], []
     for key, title in (CURVES | SPEED).items():
         rows = [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), int | float)]
@@ -96,11 +78,8 @@ def _losses(entries: Sequence[Mapping[str, Any]]) -> tuple[str, list[tuple[int, 
     return "\n".join([*head, *lines, "", ""]) if lines else "", curves
 
 
-def _demo(content: Mapping[str, Any]) -> str:
-    errors = content.get("errors")
-    if not isinstance(errors, dict):
-        return ""
+def _demo(file: Path) -> Table:
     lines = ["| colour errors against real images | distance | chroma |", "|---|---|---|"]
-    for row, figures in errors.items():
-        lines.append(f"| {row} | {figures.get('color_distance', 0):.3f} | {figures.get('chroma_error', 0):.3f} |")
-    return "\n".join([*lines, "", ""])
+    for row, figures in json.loads(file.read_text("utf-8"))["errors"].items():
+        lines.append(f"| {row} | {figures['color_distance']:.3f} | {figures['chroma_error']:.3f} |")
+    return "\n".join([*lines, "", ""]), []

@@ -67,7 +67,8 @@ class Root:
         """
         try:
             found = (self.path / name).resolve()
-        except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte
+            found.exists()
+        except (OSError, ValueError, RuntimeError):  # a loop of links, a zero byte, a name that is too long
             found = None
         if found is None or not found.is_relative_to(self.path):
             raise UserError(f"{str(name)!r} is outside of the folder that this page may read; choose from the list")

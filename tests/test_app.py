@@ -9,11 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import app_browser
@@ -33,7 +37,7 @@ from medart_core.app_orders import DiTOrder, PixArtOrder
 from medart_core.app_root import Root, first_choice
 from medart_core.errors import UserError
 from medart_core.sampling import sample_images
-from models import DiT_models
+from models import DiT, DiT_models
 
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = PixArtOrder("a chest", "", seed=3, steps=2, cfg=4.5, size=32, strength=1.0)
@@ -50,6 +54,7 @@ SECRET = "SECRET-OF-SOMEBODY-ELSE"
         ({"prompt": "x" * 2001}, "2,001 characters"),
         ({"seed": -1}, "the seed is -1; give a whole number from 0"),
         ({"seed": None}, "the seed is empty"),
+        ({"seed": 2**31}, "the seed is 2147483648; give a whole number from 0 to 2,147,483,647"),
         ({"steps": 51}, "the number of steps is 51; give a whole number from 2 to 50"),
         ({"steps": 2.5}, "give a whole number"),
         ({"cfg": float("nan")}, "the guidance is nan"),
@@ -94,7 +99,7 @@ def tiny_lora(tmp_path_factory, tiny_pixart) -> Path:
 
 
 def test_loras_come_and_go_without_a_trace(tiny_pixart, tiny_lora):
-    studio = Studio(str(tiny_pixart), {})
+    studio = Studio(str(tiny_pixart), {}, Path)
     drawn = {}
     for name, folder, strength in (
         ("base", None, 1),
@@ -115,7 +120,7 @@ def test_loras_come_and_go_without_a_trace(tiny_pixart, tiny_lora):
 
 
 def test_a_drawing_is_stopped_before_its_next_step(tiny_pixart):
-    studio, jobs, told = Studio(str(tiny_pixart), {}), Jobs(), []
+    studio, jobs, told = Studio(str(tiny_pixart), {}, Path), Jobs(), []
     job = jobs.begin("page", 2, lambda *progress: told.append(progress))
 
     def step() -> None:
@@ -127,6 +132,37 @@ def test_a_drawing_is_stopped_before_its_next_step(tiny_pixart):
         studio.draw(ORDER, None, step)
     assert told == [((0, 2), "base")]
     studio.draw(ORDER, None, lambda: None)
+
+
+def test_who_is_stopped_ends_nobody_else(tiny_pixart, tiny_lora):
+    """The stopped one is still inside a step, with its LoRA on the model, when the next one is let through."""
+    studio, inside, told_to_stop = Studio(str(tiny_pixart), {}, Path), threading.Event(), threading.Event()
+    alone = np.asarray(studio.draw(ORDER, tiny_lora, lambda: None))
+
+    def stopped() -> None:
+        inside.set()
+        told_to_stop.wait(60)
+        raise Stopped("stopped")
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(studio.draw, ORDER, tiny_lora, stopped)
+        assert inside.wait(60)
+        second = pool.submit(studio.draw, ORDER, tiny_lora, lambda: None)
+        time.sleep(0.3)
+        told_to_stop.set()
+        with pytest.raises(Stopped):
+            first.result()
+        assert (np.asarray(second.result()) == alone).all()
+
+
+def test_a_dit_may_name_a_decoder_inside_the_folder_only(root, tmp_path):
+    small = partial(DiT, depth=1, hidden_size=32, num_heads=2, patch_size=2)
+    facts = {"model": "small", "image_size": 128, "num_classes": 2, "vae": str(tmp_path / "elsewhere")}
+    weights = small(input_size=16, num_classes=2).state_dict()
+    torch.save({"ema": weights, "args": facts}, root.path / "sly.pt")
+    studio = Studio(None, {"small": small}, root.inside)
+    with pytest.raises(UserError, match="outside of the folder"):
+        studio.dit(root.checkpoint("sly.pt"))
 
 
 def test_what_is_taken_away(tmp_path):
@@ -161,7 +197,19 @@ def root(tmp_path) -> Root:
 
 
 @pytest.mark.parametrize(
-    "name", ["..", "../elsewhere", "/etc", "run/../../elsewhere", "link", "link/log.jsonl", "loop", "a\0b", "~/../.."]
+    "name",
+    [
+        "..",
+        "../elsewhere",
+        "/etc",
+        "run/../../elsewhere",
+        "link",
+        "link/log.jsonl",
+        "loop",
+        "a\0b",
+        "~/../..",
+        "x" * 300,
+    ],
 )
 def test_what_lies_outside_is_refused(root, name):
     if name == "~/../..":  # no home is meant, but a folder of that name
@@ -189,10 +237,17 @@ def test_reports(root):
     figure = {"value": 1.5, "low": 1.0, "high": 2.0, "n_generated": 20, "n_real": 30, "floor": 0.5, "seed": 0}
     (root.path / "run" / "report.json").write_text(json.dumps({"run": {}, "fid": figure}))
     assert "| FID | 1.5 | 1 to 2 | 0.5 | 20 / 30 | lower |" in app_report.open_folder(root, "run").figures
-    for damaged in ("{", "[]", '{"fid": 3}'):
-        (root.path / "run" / "report.json").write_text(damaged)
-        with pytest.raises(UserError, match=r"report.json is [^\n]*make it again$"):
-            app_report.open_folder(root, "run")
+    for file, contents in {
+        "report.json": ("{", "[]", '{"fid": 3}'),
+        "demo.json": ('{"errors": null}', "3", '{"errors": {"base": {"color_distance": "x", "chroma_error": 1}}}'),
+        "log.jsonl": ('{"loss": }\n', '{"loss": 1}\n', "\x80\n"),
+    }.items():
+        for damaged in contents:
+            (root.path / "sly" / file).write_text(damaged, "latin-1")
+            (root.path / "sly" / "samples" / "a.png").unlink(missing_ok=True)
+            with pytest.raises(UserError, match=rf"^{file} is damaged, [^\n]*make it again$"):
+                app_report.open_folder(root, "sly")
+        (root.path / "sly" / file).unlink()
 
 
 def test_loras_and_checkpoints_are_found(root, tiny_lora):
@@ -280,7 +335,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(folder):
+def started() -> float:
+    return time.monotonic()
+
+
+@pytest.fixture(scope="module")
+def url(folder, started):
     with app_browser.served(f"--root={folder}", before="import tiny_dit; tiny_dit.make_known()") as address:
         yield address
 
@@ -319,11 +379,12 @@ def download(page, button: str) -> Path:
 
 
 @in_chromium
-def test_pictures_of_a_prompt(page, folder, tmp_path, monkeypatch):
+def test_pictures_of_a_prompt(page, folder, started, tmp_path, monkeypatch):
     assert "Not for diagnosis" in page.inner_text(".head")
     steps(page, "generate", 2)
     run(page, "generate", "Drawn in")
     base, tuned = pictures(page, "generate")
+    assert time.monotonic() - started < 3 * 20  # 20 on two cores that have nothing else to do
     assert base.shape == (128, 128, 3) and not (base == tuned).all()
     assert page.locator("#generate-pictures figcaption").all_inner_texts()[1] == "with HLDF, 1200 steps (tuned)"
     settings = json.loads(download(page, "generate-json").read_text())
@@ -351,6 +412,25 @@ def test_mistakes_are_told(page):
         assert told in message(page)
         prompt.fill(before)
     steps(page, "generate", 2)
+
+
+@in_chromium
+def test_a_job_is_stopped_from_its_page(tmp_path):
+    from medart_core.app_desk import Desk
+
+    person, models = SimpleNamespace(session_hash="a"), SimpleNamespace(result=lambda: studio, done=lambda: True)
+
+    def draw(order, tuned, on_step):
+        on_step()
+        desk.stop(SimpleNamespace(session_hash="b"))
+        on_step()
+        desk.stop(person)
+        on_step()
+
+    studio = SimpleNamespace(sizes=range(16, 65, 16), pixart=SimpleNamespace(name="x"), draw=draw, left_out=len)
+    desk = Desk(Root(tmp_path), Outbox(tmp_path / "out"), models, models, "x", {})  # pyright: ignore[reportArgumentType]
+    *_, last = desk.generate("a chest", "", ["base model"], 0, 5, 1, 32, 1, person, lambda *_: None)
+    assert last[0] == "Not finished: stopped after 2 of 5 steps."
 
 
 @in_chromium
@@ -405,7 +485,8 @@ def test_reports_in_the_page(page):
     for outside in ("../", "/etc", "link", "<img src=x onerror=alert(1)>"):
         choose(page, "folder", outside)
         page.click("#report-run")
-        assert ("no folder of a run" if "img" in outside else "outside of the folder") in message(page)
+        said = message(page)
+        assert ("'<img src=x onerror=alert(1)>' is no folder" if "img" in outside else "outside of the folder") in said
     assert SECRET not in page.content()
 
 
@@ -428,6 +509,23 @@ def test_without_a_dit_the_page_says_how_to_get_one(page, folder, url):
     assert page.outside == []  # nothing is fetched from elsewhere
 
 
+def post(url: str, body: bytes, kind: str) -> bytes:
+    return urllib.request.urlopen(urllib.request.Request(url, body, {"Content-Type": kind})).read()
+
+
+def upload(url: str, file: Path) -> str:
+    """The path on the server of a file that is sent to it as the page sends it."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{file.name}"\r\n\r\n'
+    [path] = json.loads(
+        post(
+            f"{url}/gradio_api/upload",
+            head.encode() + file.read_bytes() + b"\r\n--x--\r\n",
+            "multipart/form-data; boundary=x",
+        )
+    )
+    return path
+
+
 @in_chromium
 def test_the_server_gives_no_file_away(url, folder):
     for path in (folder / "inside.txt", folder.parent / "secret.txt", ROOT / "README.md", Path("/etc/passwd")):
@@ -441,11 +539,11 @@ def test_the_server_gives_no_file_away(url, folder):
     config = json.load(urllib.request.urlopen(f"{url}/config"))
     ids = {part["props"].get("elem_id"): part["id"] for part in config["components"]}
     [call] = [each for each in config["dependencies"] if [ids["caption-run"], "click"] in map(list, each["targets"])]
-    sent = {"path": str(folder.parent / "secret.txt"), "meta": {"_type": "gradio.FileData"}}
-    body = {"data": [sent, "chest-xray", "normal lungs", 0], "fn_index": call["id"], "session_hash": "sly"}
-    request = urllib.request.Request(
-        f"{url}/gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    urllib.request.urlopen(request)
-    answer = urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=sly").read().decode()
-    assert '"success":false' in answer.replace(" ", "") and SECRET not in answer
+    outside = Path(shutil.copy(app_browser.X_RAY, folder.parent))
+    for path, described in ((outside, "false"), (upload(url, app_browser.X_RAY), "true")):
+        sent = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        body = {"data": [sent, "chest-xray", "normal lungs", 0], "fn_index": call["id"], "session_hash": described}
+        post(f"{url}/gradio_api/queue/join", json.dumps(body).encode(), "application/json")
+        answer = urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={described}").read().decode()
+        assert f'"success":{described}' in answer.replace(" ", ""), answer
+        assert ("chest X-ray image of normal lungs" in answer) == (described == "true")
