@@ -1,4 +1,4 @@
-"""Put the figures of results/ into README and docs, between markers; run `make tables` after an ablation.
+"""Put the figures of results/ and nano/records/ into README and docs, between markers; `make tables` after a change.
 
     python nano/tables.py            rewrites the tables that differ
     python nano/tables.py --check    only names them, and exits with 2
@@ -47,6 +47,17 @@ FIGURES = {
     "colour_diversity": "colour diversity",
 }
 COLOURS = list(FIGURES)[4:]
+OF_ONE_RUN = {
+    **{name: FIGURES[name] for name in COLOURS if name != "chroma_error"},
+    "fid": "FID",
+    "domain_frechet": "Frechet distance, domain",
+    "domain_density": "density, domain",
+    "domain_coverage": "coverage, domain",
+    "class_agreement_ratio": "agreement over the classifier's accuracy",
+    "class_agreement_viral_pneumonia": "agreement, viral pneumonia alone",
+    "utility_ratio": "balanced accuracy, synthetic over real",
+    "authpct_gap": "authenticity gap, points",
+}
 PAPER = {"without-hldf": 72.86, "simple-caption": 55.44, "empty-caption": 59.12, "without-t5-lora": 63.10,
          "dora": 55.88, "dit": 102.99, "med-art": 51.99}  # fmt: skip
 NONE_YET = ["No row is finished yet."]
@@ -167,6 +178,23 @@ def steps_longer(rows: Rows, name: str) -> list[float]:
     return [each["sec_per_hldf_step"] / each["sec_per_step"] - 1 for each in seconds]
 
 
+def twins() -> list[str]:
+    """The two bundled LoRAs at two guidances: value, interval, and in brackets what real images reach."""
+    records = {
+        kind: json.loads((ROOT / "nano" / "records" / f"lora-chest-xray{suffix}.json").read_text())
+        for kind, suffix in (("without", "-without-hldf"), ("with", ""))
+    }
+    columns = [(kind, f"guidance {scale}") for scale in (4.5, 2.0) for kind in records]
+    lines = []
+    for name, title in OF_ONE_RUN.items():
+        found = [records[kind][guidance][name] for kind, guidance in columns]
+        floor = found[0]["floor"]
+        value, low, high = ([number(figure[key]) for figure in found] for key in ("value", "low", "high"))
+        cells = [f"{v} ({a} to {b})" for v, a, b in zip(value, low, high, strict=True)]
+        lines.append([title if floor is None else f"{title} [{number(floor)}]", *cells])
+    return markdown(["", *(f"{kind} HLDF, {guidance}" for kind, guidance in columns)], lines)
+
+
 def missing() -> list[str]:
     """The rows of the plan that have no figures."""
     absent = [str(row) for row in PLAN if not (RESULTS / f"{row}.json").exists()]
@@ -186,12 +214,13 @@ TABLES: dict[str, Callable[[], list[str]]] = {
     "ablation-modes": modes,
     "ablation-modes-pairs": lambda: paired(COLOUR, ["last-k", "sparse", "one-step"], ["fid", *COLOURS]),
     "ablation-missing": missing,
+    "twins": twins,
     "ablation-readme": lambda: levels(COLOUR, ["without-hldf", "med-art"], ["fid", *COLOURS]),
 }
 
 
 def documents() -> list[Path]:
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "nano" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def rendered(text: str, source: str) -> str:
