@@ -21,7 +21,7 @@ from scripts import ROOT
 sys.path.insert(0, str(ROOT))
 from medart_core.errors import UserError, exit_codes
 
-RESULTS = ROOT / "results" / "ablation"
+RESULTS, RECORDS = ROOT / "results" / "ablation", ROOT / "nano" / "records"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NAMES = {
     "med-art": "Med-Art",
@@ -47,9 +47,9 @@ FIGURES = {
     "colour_diversity": "colour diversity",
 }
 COLOURS = list(FIGURES)[4:]
+TWINS = {"without": "lora-chest-xray-without-hldf", "with": "lora-chest-xray"}
 OF_ONE_RUN = {
-    **{name: FIGURES[name] for name in COLOURS if name != "chroma_error"},
-    "fid": "FID",
+    **{name: FIGURES[name] for name in (*COLOURS, "fid") if name != "chroma_error"},
     "domain_frechet": "Frechet distance, domain",
     "domain_density": "density, domain",
     "domain_coverage": "coverage, domain",
@@ -121,9 +121,7 @@ def levels(data: str, names: Sequence[str], figures: Sequence[str] = tuple(FIGUR
     if not lines:
         return NONE_YET
     records = [record for of_row in rows.values() for record in of_row.values()]
-    floors = [
-        [record["figures"][name]["floor"] for record in records if name in record["figures"]] for name in figures
-    ]
+    floors = [[record["figures"].get(name, {}).get("floor") for record in records] for name in figures]
     floors = [[floor for floor in found if floor is not None] for found in floors]
     lines.append(["real against real", "", *(number(mean(found)) if found else "-" for found in floors)])
     return markdown(["row", "seeds", *(FIGURES[name] for name in figures)], lines)
@@ -180,18 +178,15 @@ def steps_longer(rows: Rows, name: str) -> list[float]:
 
 def twins() -> list[str]:
     """The two bundled LoRAs at two guidances: value, interval, and in brackets what real images reach."""
-    records = {
-        kind: json.loads((ROOT / "nano" / "records" / f"lora-chest-xray{suffix}.json").read_text())
-        for kind, suffix in (("without", "-without-hldf"), ("with", ""))
-    }
+    records = {kind: json.loads((RECORDS / f"{name}.json").read_text()) for kind, name in TWINS.items()}
     columns = [(kind, f"guidance {scale}") for scale in (4.5, 2.0) for kind in records]
     lines = []
     for name, title in OF_ONE_RUN.items():
         found = [records[kind][guidance][name] for kind, guidance in columns]
-        floor = found[0]["floor"]
-        value, low, high = ([number(figure[key]) for figure in found] for key in ("value", "low", "high"))
-        cells = [f"{v} ({a} to {b})" for v, a, b in zip(value, low, high, strict=True)]
-        lines.append([title if floor is None else f"{title} [{number(floor)}]", *cells])
+        spreads = [[number(figure[key]) for key in ("value", "low", "high")] for figure in found]
+        cells = [f"{value} ({low} to {high})" for value, low, high in spreads]
+        floor = f" [{number(found[0]['floor'])}]" if found[0]["floor"] is not None else ""
+        lines.append([title + floor, *cells])
     return markdown(["", *(f"{kind} HLDF, {guidance}" for kind, guidance in columns)], lines)
 
 
