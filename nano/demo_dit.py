@@ -6,7 +6,6 @@
 Every stage is one of the scripts, as a user would call it. Run it again after an interruption: it goes on.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -21,6 +20,7 @@ from medart_core import numbered_runs
 from medart_core.checkpoint import FINISHED
 from medart_core.errors import exit_codes
 from medart_core.labelled_images import find
+from medart_core.options import Parser
 from medart_core.pictures import image_grid
 from medart_core.sampling import to_uint8
 
@@ -68,7 +68,7 @@ def picture(archive: Path, real: Path, columns: int = 8) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the images (default 0)")
     parser.add_argument("--images", type=int, default=200, help="images of the .npz (default 200)")
