@@ -2,7 +2,7 @@
 
     python nano/ablation.py                                  all rows, two at a time; hours on 2 cores
     python nano/ablation.py --only dermoscopy-patches/dora   the rows whose name begins so
-    python nano/ablation.py --quick                          15 minutes, to see that all works
+    python nano/ablation.py --quick                          6 minutes, to see that all works
 
 Every row is a run of the scripts as a user would call them, one thread each: medart.py (or train.py), sample_ddp.py,
 evaluate.py. Its figures go to results/ablation/SET/ROW-seed-N.json, its run to results/ablation-runs/. A row whose

@@ -1,6 +1,6 @@
 """Class-conditional DiT in minutes: chest X-rays -> features -> DiT-S/4 -> class grid -> 200 images and their .npz.
 
-    python nano/demo_dit.py                                   at most 12 minutes on 2 cores
+    python nano/demo_dit.py                                   7 minutes on 2 cores
     python nano/demo_dit.py --steps 3000 --out results/dit    longer, as for the README's picture
 
 Every stage is one of the scripts, as a user would call it. Run it again after an interruption: it goes on.
