@@ -33,7 +33,7 @@ def public(value: Any) -> Any:
         return own.relative_to(ROOT).as_posix()
     path = PureWindowsPath(value)  # which reads both kinds of separators
     is_path = path.root or value[0] in ".~" or (len(path.parts) > 2 and not any(map(str.isspace, value)))
-    return path.name if is_path or os.path.exists(value) or os.path.exists(ROOT / value) else value
+    return (path.name or "folder") if is_path or os.path.exists(value) or os.path.exists(ROOT / value) else value
 
 
 def text(

@@ -171,7 +171,7 @@ def test_what_strangers_may_see(tmp_path):
     for value, shown in (
         (str(tmp_path / "here"), "here"), ("/no/more/pixart/", "pixart"), ("C:\\me\\pixart", "pixart"), ("~/x", "x"),
         ("../hospital-7/x", "x"), ("models/hospital-7/x", "x"), ("dataset", "dataset"), ("docs/space", "space"),
-        (f"{model_card.ROOT}/nano/pixart", "nano/pixart"), ("nano/../docs", "docs"),
+        (f"{model_card.ROOT}/nano/pixart", "nano/pixart"), ("nano/../docs", "docs"), (".", "folder"),
     ):  # fmt: skip
         assert model_card.public(value) == shown
     kept = ["PixArt-alpha/PixArt-XL-2-512x512", "nano/pixart", "nano/pixart/vae", "random-weights", "x" * 300,
