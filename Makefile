@@ -20,7 +20,7 @@ help:
 	@echo "make bench-train-options  steps per second and memory of train.py's ways to train, beside fast-DiT's table"
 	@echo "make soak     the long campaigns: resumes, kills, a step at full size (half an hour; 16 GB of memory)"
 	@echo "make nano     train the bundled models in nano/ anew (hours)"
-	@echo "make ablation the paper's ablation at bundled scale, hours -> results/ablation (make ablation-quick: 15 minutes)"
+	@echo "make ablation the paper's ablation at bundled scale, hours -> results/ablation (make ablation-quick: 6 minutes)"
 	@echo "make tables   put the figures of results/ into README and docs"
 	@echo "make figures  draw the pictures of README and docs anew, into img/; half an hour, needs a Chromium"
 	@echo "PYTHON=python3.12 make ...  chooses the Python (3.11 or newer) that .venv is made with"

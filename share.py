@@ -5,7 +5,8 @@
     python share.py medart --push_to_hub USER/NAME --dry_run     shows what would be uploaded; needs no network
 
 The folder holds pytorch_lora_weights.safetensors (diffusers, OneTrainer), comfyui.safetensors and README.md, nothing
-of the training images. The hub's token is that of `hf auth login`, or HF_TOKEN.
+of the training images, and no path: of a folder of yours its last name is told.
+The hub's token is that of `hf auth login`, or HF_TOKEN.
 """
 
 from medart_core.errors import UserError, exit_codes  # isort: skip (first, for a Ctrl-C while the rest loads)
@@ -54,20 +55,22 @@ def parse_options() -> argparse.Namespace:
 def write_folder(options: argparse.Namespace, out: Path) -> None:
     """The LoRA's files, the grid and the card."""
     adapters = lora.read(options.lora)
-    settings = tuned_model.run_settings(options.lora) | {"base": lora.base_model(adapters) or "not recorded"}
+    base = model_card.public(lora.base_model(adapters))
+    settings = tuned_model.run_settings(options.lora) | {"base": base or "not recorded"}
     table = model_card.evaluation_lines(options.evaluation) if options.evaluation else ()
     grids = sorted((options.lora / "samples").glob("step-*.png"))
     grid = options.grid or (grids[-1] if grids else None)
     if grid and not grid.is_file():
         raise UserError(f"--grid {grid} does not exist; give a picture, or leave it out")
     out.mkdir(parents=True, exist_ok=True)
-    lora.export(options.lora, out / lora.FILE_NAME)
+    lora.export(options.lora, out / lora.FILE_NAME, base=base)
     if not any(adapter.config.use_dora for adapter in adapters.values()):  # which ComfyUI reads otherwise
-        lora.export(options.lora, out / COMFYUI, layout="comfyui")
+        lora.export(options.lora, out / COMFYUI, layout="comfyui", base=base)
     if grid:
         open_image(grid).save(out / GRID)
     prompt = (settings.get("prompts") or settings.get("validation_prompt") or ["..."])[0]
-    usage = [f'python sample.py --lora {lora.FILE_NAME} --prompt "{prompt}"']
+    model = f"--model PATH/TO/{base} " if base and "/" not in base else ""
+    usage = [f'python sample.py {model}--lora {lora.FILE_NAME} --prompt "{prompt}"']
     card = model_card.text(
         options.title or out.name.removeprefix("shared-"),
         settings,

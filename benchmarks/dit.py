@@ -8,7 +8,6 @@ Both sides have the same weights and see the same images, noise and timesteps; t
 compared, and the benchmark fails where they differ. They take turns in one process.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -30,10 +29,12 @@ from diffusers_grad.attention import attend
 from medart_core import devices, dit_data, feature_store
 from medart_core.dit_run import DiTRun
 from medart_core.dit_sampling import sample_latents
+from medart_core.errors import exit_codes
 from medart_core.feature_store import FeatureStore
 from medart_core.gaussian_diffusion import GaussianDiffusion
 from medart_core.labelled_images import LabelledImages
 from medart_core.objectives import diffusion_loss
+from medart_core.options import Parser
 from models import DiT, DiT_models
 
 Cases = dict[str, Callable[[], object]]
@@ -194,7 +195,7 @@ PARTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds (default 9; a third of them for npz)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts (default: all)")
     parser.add_argument("--quick", action="store_true", help="small networks, one round")
@@ -219,4 +220,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -6,7 +6,6 @@ The published command runs on random weights with the bundled X-rays; the last l
 kind warm up and don't count.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
@@ -19,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import full_size, plan
 from medart_core.errors import UserError, exit_codes
+from medart_core.options import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 N_STEPS = 8  # an HLDF step at 0 and every 8th; with two HLDF steps to warm up
@@ -49,7 +49,7 @@ def measure(preset: str, hldf_steps: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--presets", nargs="+", choices=plan.PRESETS, default=list(plan.PRESETS), help="which (all)")
     parser.add_argument("--hldf-steps", type=int, default=3, metavar="N", help="HLDF steps that count (default: 3)")
     options = parser.parse_args()

@@ -8,7 +8,6 @@ Both sides load the same random weights and adapters, and see the same batch, no
 bf16 autocast. They take turns in one process. If their losses differ, the benchmark fails.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -30,6 +29,8 @@ from ours import Work
 from thin_pixart import LONG, SHORT, Shape, make_batch, make_trainer, write_pipeline
 
 from diffusers_grad import attention, sampler
+from medart_core.errors import exit_codes
+from medart_core.options import Parser
 
 Steps = dict[str, Callable[[], tuple]]
 SHAPES = {"ordinary": Shape(28, 24, 128, 32), "hldf": Shape(8, 8, 128, 32)}
@@ -212,7 +213,7 @@ def bars(ordinary: dict, hldf: dict) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
     parser.add_argument("--steps", type=int, default=20, help="DPM-Solver++ steps M (default 20)")
     parser.add_argument("--levers", action="store_true", help="measure each lever alone, too")
@@ -233,10 +234,8 @@ def main() -> None:
             write_pipeline(setting.folder, shape)
             write_pipeline(setting.rebuilt, shape if options.quick else replace(shape, **PUBLISHED_VAE))
             check_in_fp32(setting)
-            document[part] = {
-                "shape": asdict(shape),
-                "steps": measure(f"{part} step", steps(setting, options.quick), rounds),
-            }
+            timed = measure(f"{part} step", steps(setting, options.quick), rounds)
+            document[part] = {"shape": asdict(shape), "steps": timed}
             if options.levers:
                 document[part]["levers"] = measure(f"{part}: one lever", levers(setting), rounds)
     document["bars"] = bars(document["ordinary"]["steps"], document["hldf"]["steps"])
@@ -247,4 +246,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -23,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import feature_store, labelled_images
 from medart_core.errors import exit_codes
+from medart_core.options import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 256
@@ -103,7 +104,7 @@ def text(row: tuple[bool, bool, bool], result: dict[str, Any]) -> str:
 
 def main() -> None:
     cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", default="DiT-XL/2" if cuda else "DiT-S/4", help="(default: see above)")
     parser.add_argument("--batch-size", type=int, default=128 if cuda else 8, metavar="N", help="global batch")
     parser.add_argument("--steps", type=int, default=20 if cuda else 2, metavar="N", help="timed steps, after as many")

@@ -8,7 +8,6 @@ Both sides hold the same weights and see the same images and prompts, and 30 % o
 ones on both sides. The loop takes one image at a time through transformers' `generate`, and again for each attempt.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -25,11 +24,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig
 from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from llava_next_captioner.decoding import Sampling
 from llava_next_captioner.engines import Answer, Request, stream_seed
 from llava_next_captioner.random_weights import byte_processor, random_model
 from llava_next_captioner.transformers_engine import TransformersEngine, load
+from medart_core.errors import exit_codes
+from medart_core.options import Parser
 
 PROMPT = "Describe the colours, outline, surface and surroundings of what this picture shows in fewer than 100 words."
 REJECTED, ATTEMPTS = 0.3, 5
@@ -138,7 +138,7 @@ def report(cases: dict[str, dict[str, float]], images: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", help="a folder or hub id in place of random weights")
     parser.add_argument("--images", type=int, default=32, help="images captioned in each round (default 32)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
@@ -180,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

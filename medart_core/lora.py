@@ -175,8 +175,10 @@ def base_model(adapters: dict[str, Adapter]) -> str | None:
     return next((adapter.config.base_model_name_or_path for adapter in adapters.values()), None)
 
 
-def export(source: str | Path, file: str | Path, layout: str = "diffusers") -> None:
+def export(source: str | Path, file: str | Path, layout: str = "diffusers", base: str | None = None) -> None:
     """Write the LoRA of a run, a checkpoint or another file as one safetensors file.
+
+    `base` is the name of the base model that the header tells, by default the one that the LoRA has.
 
     Raises:
         UserError: for DoRA in ComfyUI's layout. ComfyUI divides by the norm of W where DoRA has that of W + B A
@@ -192,6 +194,7 @@ def export(source: str | Path, file: str | Path, layout: str = "diffusers") -> N
             scaled = scale != 1 and name.endswith(TENSORS[1])
             tensors[f"{LAYOUTS[layout][part]}.{name}"] = tensor.float() * scale if scaled else tensor
         values = config.to_dict() | {"lora_alpha": config.r, "use_rslora": False}
+        values["base_model_name_or_path"] = base or config.base_model_name_or_path
         metadata |= {f"{part}.{key}": values[key] for key in CONFIG}
         metadata[f"{part}.target_modules"] = sorted(config.target_modules or ())
     header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(metadata, indent=2, sort_keys=True)}

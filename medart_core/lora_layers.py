@@ -89,11 +89,6 @@ def _measure_magnitudes(model: nn.Module) -> None:
             magnitude.weight.data = magnitude.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
 
 
-def adapted_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that carry an adapter."""
-    return [name.removesuffix(".lora_A") for name, _ in model.named_modules() if name.endswith(".lora_A")]
-
-
 def trainable_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The adapters' parameters, in the model's order."""
     return (parameter for parameter in model.parameters() if parameter.requires_grad)

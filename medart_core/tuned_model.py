@@ -43,13 +43,20 @@ def load(
     lora_scale: float | Sequence[float] = 1.0,
     random_weights: bool = False,
 ) -> pretrained.PixArt:
-    """The model `name`, or the one that the LoRA was made for, or the bundled one, with one LoRA or several on it."""
+    """The model `name`, or the one that the LoRA was made for, or the bundled one, with one LoRA or several on it.
+
+    Raises:
+        UserError: if the LoRA was made for a folder that it only knows the last name of, as share.py leaves it.
+    """
     paths = [loras] if isinstance(loras, Path) else loras
     adapters, strength = lora.read_several(paths, lora_scale) if paths else ({}, 1.0)
-    name = name or lora.base_model(adapters)
-    if random_weights or name == full_size.NAME:
+    made_for = lora.base_model(adapters)
+    if random_weights or (name or made_for) == full_size.NAME:
         model = full_size.build_random(dtype, device)
     else:
+        if not name and made_for and "/" not in made_for and not Path(pretrained.find(made_for)).is_dir():
+            raise UserError(f"the LoRA was made for a folder named {made_for}, which is not here; give it as --model")
+        name = name or made_for
         model = pretrained.load(name, dtype, device)
     lora.apply(model, adapters, strength)
     return model

@@ -2,7 +2,7 @@
 
     python nano/ablation.py                                  all rows, two at a time; hours on 2 cores
     python nano/ablation.py --only dermoscopy-patches/dora   the rows whose name begins so
-    python nano/ablation.py --quick                          15 minutes, to see that all works
+    python nano/ablation.py --quick                          6 minutes, to see that all works
 
 Every row is a run of the scripts as a user would call them, one thread each: medart.py (or train.py), sample_ddp.py,
 evaluate.py. Its figures go to results/ablation/SET/ROW-seed-N.json, its run to results/ablation-runs/. A row whose
@@ -10,7 +10,6 @@ JSON is there is taken as it is, an interrupted one goes on, one that another pr
 `make tables` puts the figures into the documents.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -44,6 +43,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 from medart_core.checkpoint import take, write_json
 from medart_core.errors import UserError, exit_codes
+from medart_core.options import Parser
 from medart_core.sources import INCEPTION_FILE, sha256_of
 
 RESULTS, RUNS, QUICK = (ROOT / "results" / name for name in ("ablation", "ablation-runs", "ablation-quick"))
@@ -196,7 +196,7 @@ def commit() -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--only", default="", metavar="ROW", help="rows whose SET/ROW-seed-N begins so")
     parser.add_argument("--workers", type=int, default=2, help="rows at a time, one thread each (default 2)")
     parser.add_argument("--quick", action="store_true", help="four rows of one seed; goes to results/ablation-quick")

@@ -5,7 +5,6 @@
 Options that it does not know go to evaluate.py.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from scripts import ROOT, call, named
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import sources
 from medart_core.errors import exit_codes
+from medart_core.options import Parser
 
 DATA = ROOT / "dataset" / "chest-xray"
 LORA = ROOT / "nano" / "lora-chest-xray"
@@ -41,7 +41,7 @@ def evaluate(generated: Path, out: Path, *more: object) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--lora", type=Path, default=LORA, help="a run of medart.py (default: the bundled one)")
     parser.add_argument("--out", type=Path, required=True, help="folder of the images and of the evaluation")
     parser.add_argument("--images", type=int, default=IMAGES, help=f"to draw (default {IMAGES})")

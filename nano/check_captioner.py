@@ -8,7 +8,6 @@ the prompt names, and the checks of llava_next_captioner. For patches and tiles,
 the prompts of the attributes name no colour and no stain.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -27,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from llava_next_captioner import checks, prompts
 from medart_core.attribute_phrases import parse
 from medart_core.attributes import VALUES, Measured, measure
+from medart_core.errors import exit_codes
+from medart_core.options import Parser
 from medart_core.packaged_sets import PATCH_CAPTION, TILE_CAPTION, XRAY_CAPTION
 from medart_core.text import clean
 
@@ -154,7 +155,7 @@ def check_domain(model: Any, processor: Any, domain: str, limit: int, count: Cal
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, default=HERE / "llava-next", help="folder of the model")
     parser.add_argument("--limit", type=int, default=0, help="images per domain, drawn at random (default: all)")
     parser.add_argument("--out", type=Path, default=HERE / "records" / "llava-next.json", help="where the record goes")
@@ -179,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -7,7 +7,6 @@ accuracy on held-out photographs, samples 200 images at CFG 4.5 and writes nano/
 nano/samples.jpg.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -24,6 +23,8 @@ from train_pixart import PHOTO_CLASSES
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core import pretrained
+from medart_core.errors import exit_codes
+from medart_core.options import Parser
 from medart_core.pictures import image_grid
 from medart_core.sampling import sample_images
 
@@ -99,7 +100,7 @@ def verdicts(judge: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--images", type=int, default=200, help="images to sample (default 200)")
     parser.add_argument("--model", default=pretrained.NANO, help="pipeline folder (default nano/pixart)")
     options = parser.parse_args()
@@ -134,4 +135,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

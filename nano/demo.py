@@ -10,7 +10,6 @@ steps; the prompts are the captions of the real images, the noise is the same in
 measures images of the last model: medart/evaluation/report.html. Run it again after an interruption: it goes on.
 """
 
-import argparse
 import csv
 import json
 import sys
@@ -30,6 +29,7 @@ from scripts import ROOT, named
 from medart_core import devices, lora, pretrained, training_data
 from medart_core.data import ImageTransform, open_image
 from medart_core.objectives import chroma, color_statistics
+from medart_core.options import Parser
 from medart_core.pictures import image_grid
 from medart_core.sampling import sample_images
 
@@ -124,7 +124,7 @@ def summary(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer images and steps; goes to results/quick-demo")
     parser.add_argument("--captions", choices=COLUMNS, default="vsg", help="what to train on and to sample from")
     parser.add_argument("--steps", type=int, help=f"optimiser steps of each run (default {STEPS})")

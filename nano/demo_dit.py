@@ -1,12 +1,11 @@
 """Class-conditional DiT in minutes: chest X-rays -> features -> DiT-S/4 -> class grid -> 200 images and their .npz.
 
-    python nano/demo_dit.py                                   at most 12 minutes on 2 cores
+    python nano/demo_dit.py                                   7 minutes on 2 cores
     python nano/demo_dit.py --steps 3000 --out results/dit    longer, as for the README's picture
 
 Every stage is one of the scripts, as a user would call it. Run it again after an interruption: it goes on.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -21,6 +20,7 @@ from medart_core import numbered_runs
 from medart_core.checkpoint import FINISHED
 from medart_core.errors import exit_codes
 from medart_core.labelled_images import find
+from medart_core.options import Parser
 from medart_core.pictures import image_grid
 from medart_core.sampling import to_uint8
 
@@ -68,7 +68,7 @@ def picture(archive: Path, real: Path, columns: int = 8) -> Image.Image:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimiser steps (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of the training and of the images (default 0)")
     parser.add_argument("--images", type=int, default=200, help="images of the .npz (default 200)")

@@ -6,7 +6,6 @@
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`; the names are those of `TABLES`.
 """
 
-import argparse
 import json
 import re
 import sys
@@ -20,6 +19,7 @@ from scripts import ROOT
 
 sys.path.insert(0, str(ROOT))
 from medart_core.errors import UserError, exit_codes
+from medart_core.options import Parser
 
 RESULTS, RECORDS = ROOT / "results" / "ablation", ROOT / "nano" / "records"
 MARKED = re.compile(r"(<!-- table: (?P<name>[\w-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -230,7 +230,7 @@ def rendered(text: str, source: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 2 if a table differs")
     options = parser.parse_args()
     for file in documents():

@@ -10,6 +10,7 @@ after an interruption: it goes on from the last save (the optimisers' moments st
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from transformers import LlavaNextProcessor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from medart_core.errors import exit_codes
+from medart_core.options import Parser
 
 HERE = Path(__file__).resolve().parent
 STATE = HERE.parent / "dataset" / ".nano" / "captioner.safetensors"
@@ -106,7 +111,7 @@ def phase_of(step: int, options: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tower-steps", type=int, default=600, help="steps of the tower by itself (default 600)")
     parser.add_argument("--steps", type=int, default=700, help="steps of the rest (default 700)")
     parser.add_argument("--joint-steps", type=int, default=950, help="steps of all together (default 950)")
@@ -174,4 +179,5 @@ def record(model: Any, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

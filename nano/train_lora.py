@@ -8,7 +8,6 @@ nano/lora-chest-xray-without-hldf, and the figures of 200 images at the usual an
 nano/records/, as JSON of that name.
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -23,6 +22,7 @@ from scripts import ROOT
 sys.path.insert(0, str(ROOT))
 from medart_core.checkpoint import FINISHED
 from medart_core.errors import exit_codes
+from medart_core.options import Parser
 
 KINDS = {"with-hldf": "lora-chest-xray", "without-hldf": "lora-chest-xray-without-hldf"}
 RECORDS = ROOT / "nano" / "records"
@@ -65,7 +65,7 @@ def train(kind: str, steps: int) -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1200, help="optimiser steps (default 1200)")
     parser.add_argument("--only", choices=KINDS, help="one of the two (default: both)")
     options = parser.parse_args()

@@ -7,7 +7,6 @@ PixArtAlphaPipeline folder to nano/pixart, and nano/records/pixart.json. Run it 
 from the last save (the optimisers' moments start anew).
 """
 
-import argparse
 import json
 import sys
 import time
@@ -25,6 +24,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, T5EncoderModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from medart_core.errors import exit_codes
+from medart_core.options import Parser
 from medart_core.text import encode_prompts
 
 HERE = Path(__file__).resolve().parent
@@ -139,7 +140,7 @@ def publish(transformer, text_encoder, tokenizer, vae):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1800, help="optimiser steps in all (default 1800)")
     parser.add_argument("--batch-size", type=int, default=64, help="images per step (default 64)")
     parser.add_argument("--per-class", type=int, default=600, help="photographs per class (default 600)")
@@ -209,4 +210,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -7,7 +7,6 @@ requirements. Writes nano/pixart/tokenizer/, nano/pixart/text_encoder/ and nano/
 outputs are kept in dataset/.nano/, so that a second run only trains the student: a few minutes on one thread.
 """
 
-import argparse
 import json
 import math
 import sys
@@ -28,6 +27,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from medart_core.errors import exit_codes
+from medart_core.options import Parser
 from medart_core.text import clean, encode_prompts
 
 HERE = Path(__file__).resolve().parent
@@ -171,7 +171,7 @@ def save(student: T5EncoderModel, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--sentences", type=int, default=14000, help="training texts (default 14000)")
     parser.add_argument("--steps", type=int, default=600, help="optimiser steps (default 600)")
     parser.add_argument("--batch-size", type=int, default=64, help="texts per step (default 64)")

@@ -9,6 +9,7 @@ Writes nano/pixart/vae/ and nano/records/vae.json. Run it again after an interru
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from medart_core.errors import exit_codes
+from medart_core.options import Parser
 
 HERE = Path(__file__).resolve().parent
 STATE = HERE.parent / "dataset" / ".nano" / "vae.safetensors"
@@ -114,7 +119,7 @@ def reconstruction_loss(vae: Any, pixel_values: torch.Tensor, encoder_learns: bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3600, help="steps of encoder and decoder (default 3600)")
     parser.add_argument("--decoder-steps", type=int, default=1000, help="further steps of the decoder (default 1000)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step (default 8)")
@@ -183,4 +188,5 @@ def publish(vae: Any, train: dict, held_out: dict, options: argparse.Namespace) 
 
 
 if __name__ == "__main__":
-    main()
+    with exit_codes():
+        main()

@@ -135,6 +135,17 @@ def test_the_evaluation_takes_what_is_there_and_needs_no_network(tmp_path, monke
     assert ended.value.code == 143
 
 
+def test_the_assessment_passes_on_what_it_does_not_know(tmp_path, monkeypatch, capsys):
+    """To evaluate.py, and takes no shortened name for one of its own."""
+    passed = []
+    monkeypatch.setattr(assessment, "draw", lambda *arguments: tmp_path)
+    monkeypatch.setattr(assessment, "evaluate", lambda generated, out, *more: passed.extend(more) or out)
+    words = ["--out", str(tmp_path), "--utility-seeds", "2", "--im", "3"]
+    monkeypatch.setattr(sys, "argv", ["assessment.py", *words, "--cfg-scale", "2"])
+    assessment.main()
+    assert passed == words[2:] and "look at " in capsys.readouterr().out
+
+
 def test_the_record_keeps_what_was_measured(tmp_path):
     figure = {"value": 1.0, "low": 0.5, "high": 2.0, "floor": None, "note": ""}
     (tmp_path / "a.json").write_text(json.dumps({"run": {"seed": 0}, "fid": figure, "kid": figure | {"value": None}}))

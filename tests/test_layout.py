@@ -102,6 +102,14 @@ def misplaced_imports(path: str, source: str) -> list[str]:
     return [f"{path} imports {top}" for top, at_home in homes.items() if top in tops and not at_home]
 
 
+def plain_parsers(path: str, source: str) -> list[str]:
+    """Scripts that take shortened options, or answer a misspelt one with a traceback."""
+    faults = [f"{path} has argparse's own parser, not medart_core.options'"] if "ArgumentParser(" in source else []
+    if re.search(r"\bParser\(", source) and 'if __name__ == "__main__"' in source and "with exit_codes(" not in source:
+        faults.append(f"{path} ends without exit_codes")
+    return faults
+
+
 def too_long(path: str, source: str) -> list[str]:
     """Files and functions above the line limits of the design."""
     script = room(path) == "root" or 'if __name__ == "__main__"' in source
@@ -166,7 +174,7 @@ def too_big(paths: list[str], root: Path) -> list[str]:
     return [path for path in paths if (root / path).stat().st_size > MAX_FILE_BYTES]
 
 
-@pytest.mark.parametrize("checker", [wrong_arrows, misplaced_imports, too_long])
+@pytest.mark.parametrize("checker", [wrong_arrows, misplaced_imports, plain_parsers, too_long])
 def test_code_keeps_the_rules(checker) -> None:
     assert CODE
     assert [fault for path, source in CODE.items() for fault in checker(path, source)] == []
@@ -242,6 +250,14 @@ def test_misplaced_imports_are_seen() -> None:
     assert misplaced_imports("models.py", "def f():\n    import accelerate.utils")
     assert misplaced_imports("train.py", "import argparse, accelerate") == []
     assert misplaced_imports("medart_core/options.py", "import argparse") == []
+
+
+def test_plain_parsers_are_seen() -> None:
+    end = '\nif __name__ == "__main__":\n    '
+    assert plain_parsers("nano/a.py", "parser = argparse.ArgumentParser()")
+    assert plain_parsers("nano/a.py", f"parser = Parser(){end}main()")
+    assert plain_parsers("nano/a.py", f"parser = Parser(){end}with exit_codes():\n        main()") == []
+    assert plain_parsers("sample.py", "def f(parser: argparse.ArgumentParser): ...") == []
 
 
 def test_long_code_is_seen() -> None:

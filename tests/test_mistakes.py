@@ -303,9 +303,11 @@ def test_no_mistakes(place, tiny_pixart, monkeypatch):
     table.write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*content, ""]).encode())
     command = "python medart.py --dataset_name FOLDER/set --output_dir FOLDER/windows"
     assert call(command, place, tiny_pixart)[0] == 0, said_in(place)
-    for words in ("12 images", "is already prepared"):
-        code, said = call("python prepare.py folder FOLDER/classes --root FOLDER/twice", place, tiny_pixart)
-        assert code == 0 and (words == "12 images" or words in said), said
+    prepare = "python prepare.py folder FOLDER/classes --root FOLDER/twice"
+    code, said = call(prepare, place, tiny_pixart)
+    assert code == 0 and re.findall(r"/(\w+: \d+) images", said) == ["train: 8", "val: 2", "test: 2"], said
+    code, said = call(prepare, place, tiny_pixart)
+    assert code == 0 and "is already prepared" in said, said
 
 
 @pytest.mark.parametrize("script", IMPORTING)
