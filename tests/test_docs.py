@@ -5,6 +5,7 @@ import functools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def never_printed(page: str) -> list[str]:
 
 def test_notices_are_those_that_the_source_has() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
-    assert len(notices(page)) == 47 and never_printed(page) == []
+    assert len(notices(page)) == 48 and never_printed(page) == []
     warnings = [text for text in printable() if text.startswith("warning: ")]
     unknown = [text for text in warnings if not any(re.fullmatch(notice, text) for notice in notices(page))]
     assert len(warnings) > 2 and unknown == []
@@ -196,3 +197,18 @@ def test_faults_are_seen(tmp_path: Path) -> None:
         wrong_words("accelerate launch --multi_gpu medart.py --M_times=2 --hldf --no_compile --max-train-steps 3")
         == []
     )
+
+
+def test_an_old_python_is_refused_before_anything_is_installed(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    old = tmp_path / "python3.10"
+    old.write_text("#!/bin/sh\nexit 1\n")  # what it answers to the question whether it is 3.11 or newer
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "-C", tmp_path, ".venv/.created", f"PYTHON={old}"],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.defpath},
+    )
+    assert done.returncode == 2 and f"'{old}' is not Python 3.11 or newer: name one" in done.stderr
+    assert not (tmp_path / ".venv").exists()
