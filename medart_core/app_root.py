@@ -13,7 +13,8 @@ from medart_core.checkpoint import FINISHED, OPTIONS, PREFIX
 from medart_core.errors import UserError
 
 DEPTH = 5  # folders below the root that are looked into: results/demo-dit/600-steps-seed-0/000-DiT-S-4 and one more
-NOT_LOOKED_INTO = {"dataset", "samples", "tensorboard", numbered_runs.FOLDER}
+MANY = {"ablation-runs", "ablation-quick"}  # dozens of runs of a few steps; to look at them make them the root
+NOT_LOOKED_INTO = {"dataset", "samples", "tensorboard", numbered_runs.FOLDER, *MANY}
 ADAPTERS = ("transformer_lora/adapter_config.json", "text_encoder_lora/adapter_config.json")
 WITHOUT_HLDF = r"[/-]without[_-]hldf$"  # what is added to a run's name for its twin
 LOG, REPORT = "log.jsonl", "report.json"

@@ -135,6 +135,8 @@ def photograph(page: Any) -> list[Image.Image]:
         elif name == "Class-conditional":
             page.wait_for_selector("#class input:not([value=''])", state="attached")
             page.wait_for_timeout(2000)
+            choose(page, "ckpt", "results/dit")  # that of README's grid; the list is searched for it
+            page.wait_for_timeout(2000)
             run(page, "classes", "Drawn in")
         elif name == "Caption":
             page.set_input_files("#dropped input[type=file]", str(X_RAY))

@@ -253,7 +253,7 @@ def test_reports(root):
 def test_loras_and_checkpoints_are_found(root, tiny_lora):
     shutil.copytree(tiny_lora, root.path / "a" / "lora")
     shutil.copytree(tiny_lora, root.path / "a" / "lora" / "checkpoint-5")
-    for changed, (folder, step) in enumerate([("b", 5), ("b", 10), ("c", 5)]):
+    for changed, (folder, step) in enumerate([("b", 5), ("b", 10), ("c", 5), ("ablation-quick", 5)]):
         kept = root.path / folder / "000-DiT-S-4" / "checkpoints"
         kept.mkdir(parents=True, exist_ok=True)
         (kept / f"{step:07d}-manifest.json").touch()
